@@ -1,0 +1,113 @@
+"""The plan: sparse attention as dense attention over a rewritten block table.
+
+A paged cache reaches keys through a table of pages. The new tokens of one request that lie in one query block all see
+the same key blocks: the earlier ones whole, their own block causally. So they are one ordinary causal attention problem
+whose keys are the visible blocks, in order, their own block last. Such a run of tokens is a **segment**; the plan lists a
+step's segments with a compact table of the visible pages of each. It is made once a step and serves every layer and
+every kernel that knows causal, paged, variable-length attention. Keys carry their rotary positions already, so leaving
+some out changes nothing else.
+
+Leading query blocks that see everything before them (``Pattern.dense_blocks``; 1,536 tokens by default) need no cut:
+with ``merge_dense`` they form one segment.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from vllm_power.pattern import Pattern
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One step's segments. All tensors are int32 on one device; S segments, C columns of pages.
+
+    query_start_loc: [S + 1], where each segment's queries begin in the step's tokens.
+    key_lens: [S], keys of each segment, counted over its visible pages; its last query sees all of them.
+    page_table: [S, C], the visible pages in order of position. Entries past ``key_lens`` are 0 and never read.
+    """
+
+    query_start_loc: torch.Tensor
+    key_lens: torch.Tensor
+    page_table: torch.Tensor
+
+    @property
+    def num_segments(self) -> int:
+        return self.key_lens.shape[0]
+
+
+@dataclass(frozen=True)
+class VisibleBlocks:
+    """The pattern as lookup tables: row q lists the blocks that query block q sees.
+
+    blocks: int64 [Q, V], ascending, filled up with 0 past the count.
+    counts: int64 [Q].
+    """
+
+    pattern: Pattern
+    blocks: torch.Tensor
+    counts: torch.Tensor
+
+    @classmethod
+    def of(cls, pattern: Pattern, max_tokens: int, device: torch.device | str = "cpu") -> "VisibleBlocks":
+        """Tables for sequences of up to ``max_tokens`` tokens."""
+        rows = [pattern.visible_blocks(q) for q in range(max(1, pattern.num_blocks(max_tokens)))]
+        widest = max(map(len, rows))
+        return cls(
+            pattern=pattern,
+            blocks=torch.tensor([row + (0,) * (widest - len(row)) for row in rows], device=device),
+            counts=torch.tensor([len(row) for row in rows], device=device),
+        )
+
+
+def build_plan(
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    page_table: torch.Tensor,
+    visible: VisibleBlocks,
+    page_size: int,
+    merge_dense: bool = False,
+) -> Plan:
+    """The plan of one step, in torch, on any device (on a GPU it waits for the number of segments).
+
+    query_start_loc: int [R + 1], where each request's new tokens begin; a request may have none.
+    seq_lens: int [R], tokens of each request, the new ones included.
+    page_table: int [R, P], the page of each ``page_size`` positions of a request.
+    merge_dense: leave the leading blocks that see everything before them in one segment.
+
+    Raises ValueError where ``page_size`` does not divide the pattern's block.
+    """
+    block_size = visible.pattern.block_size
+    if block_size % page_size:
+        raise ValueError(f"a page of {page_size} tokens does not divide a block of {block_size}")
+    num_queries = query_start_loc.diff()
+    first_position = seq_lens - num_queries
+    first_block = first_position // block_size
+    last_block = (seq_lens - 1) // block_size
+    if merge_dense:
+        first_block = first_block.maximum(last_block.clamp(max=visible.pattern.dense_blocks - 1))
+    segments_of = (last_block - first_block + 1) * (num_queries > 0)
+
+    # [S]: the request of each segment, and its number within the request
+    request = torch.repeat_interleave(segments_of)
+    number = torch.arange(request.shape[0], device=request.device) - (segments_of.cumsum(0) - segments_of)[request]
+    block = first_block[request] + number
+    block_start = block * block_size
+    first_new = first_position[request]
+    start = torch.where(number == 0, first_new, block_start)
+    end = torch.minimum(seq_lens[request], block_start + block_size)
+    key_lens = (visible.counts[block] - 1) * block_size + end - block_start
+
+    # [S, V, pages of a block]: where in the request's table each visible page stands
+    pages_per_block = block_size // page_size
+    columns = (visible.blocks[block] * pages_per_block).unsqueeze(-1) + torch.arange(
+        pages_per_block, device=block.device
+    )
+    columns = columns.flatten(1).clamp_(max=page_table.shape[1] - 1)
+    pages = page_table[request.unsqueeze(1), columns]
+    used = torch.arange(pages.shape[1], device=pages.device) * page_size < key_lens.unsqueeze(1)
+    return Plan(
+        query_start_loc=torch.cat([query_start_loc[request] + start - first_new, query_start_loc[-1:]]).int(),
+        key_lens=key_lens.int(),
+        page_table=(pages * used).int(),
+    )

@@ -1,0 +1,39 @@
+"""The oracle: attention under Algorithm 1 as an explicit mask, in float32 or float64. Slow, simple, never imported by a kernel."""
+
+import torch
+
+from vllm_power.pattern import Pattern
+
+
+def visibility_mask(pattern: Pattern, query_positions: torch.Tensor, num_keys: int) -> torch.Tensor:
+    """bool [Q, num_keys]: which key position each query position sees. query_positions: int [Q]."""
+    blocks = max(pattern.num_blocks(num_keys), int(query_positions.max()) // pattern.block_size + 1)
+    pairs = torch.tensor([[pattern.sees(q, k) for k in range(blocks)] for q in range(blocks)])
+    keys = torch.arange(num_keys)
+    seen = pairs[query_positions.cpu()[:, None] // pattern.block_size, keys[None, :] // pattern.block_size]
+    return (seen & (keys[None, :] <= query_positions.cpu()[:, None])).to(query_positions.device)
+
+
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    scale: float,
+    soft_cap: float = 0.0,
+) -> torch.Tensor:
+    """Masked attention of one request, computed in the dtype of its inputs (pass float32 or float64).
+
+    query: [Q, H, D]; key: [K, G, D]; value: [K, G, Dv], with G dividing H; mask: bool [Q, K]. Returns [Q, H, Dv].
+    Keys and values that no query sees may hold anything, NaN too.
+    """
+    group = query.shape[1] // key.shape[1]
+    seen = mask.any(0)
+    mask = mask[:, seen]
+    key = key[seen].repeat_interleave(group, dim=1)
+    value = value[seen].repeat_interleave(group, dim=1)
+    scores = torch.einsum("qhd,khd->hqk", query, key) * scale
+    if soft_cap:
+        scores = soft_cap * torch.tanh(scores / soft_cap)
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
+    return torch.einsum("hqk,khd->qhd", weights, value)

@@ -1,0 +1,243 @@
+"""THE definition of the attention patterns: which key blocks a query block sees.
+
+PowerAttention (arXiv 2503.03588, Algorithm 1 and Appendix D) and the static patterns it is compared with, all at
+the granularity of blocks of ``block_size`` tokens. A query token sees every causal token of the visible blocks; in
+its own block it sees the tokens up to itself. Everything else in this project (oracle, plan, kernels, cache manager,
+training, docs) asks this file.
+
+    python -m vllm_power.pattern                  # draws PowerAttention over 16,384 tokens
+    python -m vllm_power.pattern longnet --tokens 32768
+
+No torch here, only the standard library.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+NAMES = ("power", "sliding_window", "stride_slash", "dilated", "longnet", "full")
+
+# LongNet's segments, as the paper prints them: (segment length in blocks, only blocks whose indices divide by).
+_LONGNET_SEGMENTS = ((8, 1), (16, 2), (32, 4), (64, 8), (128, 16))
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A static block-sparse causal attention pattern. Immutable and hashable.
+
+    name: one of ``NAMES``.
+    block_size: tokens in a block.
+    sink_blocks: this many first blocks of the sequence are visible to every query.
+    window_blocks: distances (in blocks) below this are visible; for ``dilated``, the even ones of them.
+    stride: for ``stride_slash``, every distance that it divides is visible.
+
+    A pattern does not use every field: ``longnet`` and ``full`` have no window, only ``stride_slash`` has a stride.
+
+    Raises ValueError for an unknown name or a number out of range.
+    """
+
+    name: str = "power"
+    block_size: int = 256
+    sink_blocks: int = 1
+    window_blocks: int = 5
+    stride: int = 32
+
+    def __post_init__(self) -> None:
+        if self.name not in NAMES:
+            raise ValueError(f"unknown pattern {self.name!r}: one of {', '.join(NAMES)}")
+        if self.block_size < 16 or self.block_size & (self.block_size - 1):
+            raise ValueError(f"block_size must be a power of two of at least 16 tokens, not {self.block_size}")
+        for field, least in (("sink_blocks", 0), ("window_blocks", 1), ("stride", 1)):
+            if getattr(self, field) < least:
+                raise ValueError(f"{field} must be at least {least}, not {getattr(self, field)}")
+
+    # --- the definition -----------------------------------------------------------------------------------------
+
+    def sees(self, q: int, k: int) -> bool:
+        """Whether query block ``q`` sees key block ``k`` (paper, Algorithm 1 and Appendix D)."""
+        if k > q or k < 0:
+            return False
+        if k < self.sink_blocks:
+            return True
+        d = q - k
+        match self.name:
+            case "power":
+                return d < self.window_blocks or d & (d - 1) == 0
+            case "sliding_window":
+                return d < self.window_blocks
+            case "stride_slash":
+                return d < self.window_blocks or d % self.stride == 0
+            case "dilated":
+                return d < self.window_blocks and d % 2 == 0
+            case "longnet":
+                return any((q ^ k) < length and (q | k) % step == 0 for length, step in _LONGNET_SEGMENTS)
+        return True  # full
+
+    def visible_blocks(self, q: int) -> tuple[int, ...]:
+        """The key blocks that query block ``q`` sees, ascending; its own block, where visible, comes last."""
+        return tuple(sorted({k for k in self._candidates(q) if self.sees(q, k)}))
+
+    def next_reader(self, k: int, q: int) -> int | None:
+        """The first query block at or after ``q`` that reads key block ``k``; None where no later one ever does."""
+        q = max(q, k)
+        if self.sees(q, k):
+            return q
+        d = q - k
+        match self.name:
+            case "power":
+                return k + (1 << (d - 1).bit_length())
+            case "stride_slash":
+                return k + -(-d // self.stride) * self.stride
+            case "dilated":
+                return q + 1 if self.sees(q + 1, k) else None
+            case "longnet":
+                segment_end = (k | (_LONGNET_SEGMENTS[-1][0] - 1)) + 1
+                return next((later for later in range(q, segment_end) if self.sees(later, k)), None)
+        return None  # sliding_window has passed it
+
+    def _candidates(self, q: int) -> Iterator[int]:
+        """A superset of the blocks that ``q`` sees, without looking at every pair. May hold negative indices."""
+        yield from range(min(self.sink_blocks, q + 1))
+        match self.name:
+            case "full":
+                yield from range(q + 1)
+            case "longnet":
+                yield from range(q & -_LONGNET_SEGMENTS[-1][0], q + 1)
+            case _:
+                yield from range(max(0, q - self.window_blocks + 1), q + 1)
+        if self.name == "power":
+            yield from (q - (1 << bit) for bit in range(q.bit_length()))
+        if self.name == "stride_slash":
+            yield from range(q, -1, -self.stride)
+
+    # --- counts -------------------------------------------------------------------------------------------------
+
+    def num_blocks(self, num_tokens: int) -> int:
+        """Blocks that ``num_tokens`` tokens take, the last one perhaps in part."""
+        return -(-num_tokens // self.block_size)
+
+    @cached_property
+    def dense_blocks(self) -> int:
+        """How many leading blocks see every block before them: up to there the pattern is plain causal attention.
+
+        6 for the default power pattern (1,536 tokens). ``sys.maxsize`` where that never ends.
+        """
+        if self.name == "full":
+            return sys.maxsize
+        limit = self.sink_blocks + 2 * max(self.window_blocks, self.stride, _LONGNET_SEGMENTS[-1][0])
+        for q in range(limit):
+            if len(self.visible_blocks(q)) <= q:
+                return q
+        return sys.maxsize  # stride 1: every distance
+
+    def visible_pairs(self, num_tokens: int) -> int:
+        """Visible (query block, key block) pairs over a sequence of ``num_tokens`` tokens."""
+        blocks = self.num_blocks(num_tokens)
+        if self.name == "full":
+            return blocks * (blocks + 1) // 2
+        return sum(len(self.visible_blocks(q)) for q in range(blocks))
+
+    def density(self, num_tokens: int) -> float:
+        """Share of the causal block pairs of ``num_tokens`` tokens that is visible, 0 to 1."""
+        blocks = self.num_blocks(num_tokens)
+        return self.visible_pairs(num_tokens) / (blocks * (blocks + 1) / 2) if blocks else 1.0
+
+    # --- the receptive field (paper, section 3) -----------------------------------------------------------------
+
+    def hops(self, q: int) -> list[int | None]:
+        """For each block 0..q: after how many layers its tokens have reached query block ``q``.
+
+        ``q`` itself has 0; a block that ``q`` sees has 1; None where no number of layers reaches it. An edge of the
+        graph is "attends to", so this is the shortest path, found by breadth-first search.
+        """
+        hops: list[int | None] = [None] * (q + 1)
+        hops[q] = 0
+        frontier = [q]
+        layer = 0
+        while frontier:
+            layer += 1
+            reached = []
+            for block in frontier:
+                for seen in self.visible_blocks(block):
+                    if hops[seen] is None:
+                        hops[seen] = layer
+                        reached.append(seen)
+            frontier = reached
+        return hops
+
+    def receptive_field(self, q: int, layers: int) -> tuple[int, ...]:
+        """The blocks whose tokens can influence query block ``q`` after ``layers`` layers, ascending."""
+        return tuple(k for k, hop in enumerate(self.hops(q)) if hop is not None and hop <= layers)
+
+    def __str__(self) -> str:
+        text = f"{self.name} (block {self.block_size}, sink {self.sink_blocks}"
+        if self.name not in ("longnet", "full"):
+            text += f", window {self.window_blocks}"
+        if self.name == "stride_slash":
+            text += f", stride {self.stride}"
+        return text + ")"
+
+
+def preset(name: str, **changes: int) -> Pattern:
+    """The pattern ``name`` with the paper's setting (section 4.1), save for ``changes`` of its fields.
+
+    Raises ValueError for an unknown name or a value out of range.
+    """
+    settings: dict[str, dict[str, int]] = {
+        "power": {"window_blocks": 5},
+        "sliding_window": {"window_blocks": 9},
+        "stride_slash": {"window_blocks": 6, "stride": 32},
+        "dilated": {"sink_blocks": 0, "window_blocks": 20},
+        "longnet": {"sink_blocks": 0},
+        "full": {"sink_blocks": 0},
+    }
+    return Pattern(name, **{**settings.get(name, {}), **changes})
+
+
+POWER = preset("power")
+
+
+def draw(pattern: Pattern, num_tokens: int) -> str:
+    """The block mask as text, one character a block pair, and below it the counts that describe it."""
+    blocks = pattern.num_blocks(num_tokens)
+    rows = []
+    for q in range(blocks):
+        seen = set(pattern.visible_blocks(q))
+        rows.append("".join("█" if k in seen else "·" for k in range(q + 1)))
+    last = blocks - 1
+    hops = pattern.hops(last)
+    covered = [hop for hop in hops if hop is not None]
+    reach = f"{max(covered)} layers reach every block" if len(covered) == blocks else (
+        f"{blocks - len(covered)} of {blocks} blocks are never reached"
+    )
+    counts = (
+        f"{pattern}: {num_tokens:,} tokens, {blocks} blocks\n"
+        f"the last block sees {len(pattern.visible_blocks(last))} blocks, a block on average "
+        f"{pattern.visible_pairs(num_tokens) / blocks:.2f}\n"
+        f"{pattern.density(num_tokens):.2%} of the causal block pairs are read; {reach}"
+    )
+    return "\n".join([*rows, "", counts])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Draw a pattern in the terminal and print its counts."""
+    parser = argparse.ArgumentParser(prog="python -m vllm_power.pattern", description=main.__doc__)
+    parser.add_argument("name", nargs="?", default="power", choices=NAMES)
+    parser.add_argument("--tokens", type=int, default=16_384, help="sequence length (default 16384)")
+    for field in ("block_size", "sink_blocks", "window_blocks", "stride"):
+        parser.add_argument(f"--{field.replace('_', '-')}", type=int, default=None)
+    arguments = vars(parser.parse_args(argv))
+    name, tokens = arguments.pop("name"), arguments.pop("tokens")
+    if tokens < 1:
+        parser.error("--tokens must be at least 1")
+    try:
+        pattern = preset(name, **{field: value for field, value in arguments.items() if value is not None})
+    except ValueError as error:
+        parser.error(str(error))
+    print(draw(pattern, tokens))
+
+
+if __name__ == "__main__":
+    main()
