@@ -12,12 +12,13 @@ No torch here, only the standard library.
 """
 
 import argparse
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 NAMES = ("power", "sliding_window", "stride_slash", "dilated", "longnet", "full")
+
+ENDLESS = 2**31 - 1  # more blocks than any sequence has; fits an int32
 
 # LongNet's segments, as the paper prints them: (segment length in blocks, only blocks whose indices divide by).
 _LONGNET_SEGMENTS = ((8, 1), (16, 2), (32, 4), (64, 8), (128, 16))
@@ -122,15 +123,15 @@ class Pattern:
     def dense_blocks(self) -> int:
         """How many leading blocks see every block before them: up to there the pattern is plain causal attention.
 
-        6 for the default power pattern (1,536 tokens). ``sys.maxsize`` where that never ends.
+        6 for the default power pattern (1,536 tokens). ``ENDLESS`` where that never ends.
         """
         if self.name == "full":
-            return sys.maxsize
+            return ENDLESS
         limit = self.sink_blocks + 2 * max(self.window_blocks, self.stride, _LONGNET_SEGMENTS[-1][0])
         for q in range(limit):
             if len(self.visible_blocks(q)) <= q:
                 return q
-        return sys.maxsize  # stride 1: every distance
+        return ENDLESS  # stride 1: every distance
 
     def visible_pairs(self, num_tokens: int) -> int:
         """Visible (query block, key block) pairs over a sequence of ``num_tokens`` tokens."""

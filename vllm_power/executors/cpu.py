@@ -1,0 +1,103 @@
+"""The CPU executor: vLLM's own C++ attention (AVX-512, AMX, ...) over the plan.
+
+The kernels take varlen queries, key lengths and a block table. Given a plan's segments as if they were requests they
+compute PowerAttention exactly, with fp8 caches, soft caps and attention sinks as before. So only the metadata differs
+from vLLM's CPU backend (v1/attention/backends/cpu_attn.py); reading and writing the cache is inherited.
+"""
+
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadata,
+    CPUAttentionMetadataBuilder,
+)
+from vllm.v1.kv_cache_interface import AttentionSpec
+
+from vllm_power import options, refusals
+from vllm_power.kernels.plan import Plan, VisibleBlocks, build_plan
+from vllm_power.plugin import NAME
+
+
+class PowerCpuBackend(CPUAttentionBackend):
+    """PowerAttention on a CPU."""
+
+    executor_name = "cpu"
+
+    @staticmethod
+    def get_name() -> str:
+        return NAME
+
+    @classmethod
+    def supports_attn_type(cls, attn_type: str) -> bool:
+        return attn_type == "decoder"
+
+    @classmethod
+    def supports_non_causal(cls) -> bool:
+        return False
+
+    @classmethod
+    def supports_sliding_window(cls) -> bool:
+        return False  # such layers go to vLLM's CPU backend
+
+    @staticmethod
+    def get_impl_cls() -> type["PowerCpuImpl"]:
+        return PowerCpuImpl
+
+    @staticmethod
+    def get_builder_cls() -> type["PowerCpuMetadataBuilder"]:
+        return PowerCpuMetadataBuilder
+
+
+class PowerCpuMetadataBuilder(CPUAttentionMetadataBuilder):
+    """Builds the step's plan and hands it to vLLM's builder as if its segments were the requests."""
+
+    def __init__(
+        self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        pattern = options.of_config(vllm_config).effective_pattern
+        self.visible = VisibleBlocks.of(pattern, vllm_config.model_config.max_model_len)
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> CPUAttentionMetadata:
+        step = common_attn_metadata
+        if step.causal is not True:
+            raise NotImplementedError("PowerAttention is causal: this batch asks for attention to later tokens")
+        plan = build_plan(
+            step.query_start_loc, step.seq_lens, step.block_table_tensor, self.visible, self.block_size, True
+        )
+        return super().build(common_prefix_len, over_plan(step, plan), fast_build)
+
+
+def over_plan(step: CommonAttentionMetadata, plan: Plan) -> CommonAttentionMetadata:
+    """The step with the plan's segments in place of its requests; tokens and cache slots stay as they are."""
+    return step.replace(
+        query_start_loc=plan.query_start_loc,
+        query_start_loc_cpu=plan.query_start_loc,
+        seq_lens=plan.key_lens,
+        num_reqs=plan.num_segments,
+        block_table_tensor=plan.page_table,
+    )
+
+
+class PowerCpuImpl(CPUAttentionBackendImpl):
+    """vLLM's CPU attention; refuses what a rewritten table can not express."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int,
+        alibi_slopes: list[float] | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        refusals.check_alibi(alibi_slopes)
+        super().__init__(num_heads, head_size, scale, num_kv_heads, alibi_slopes, *args, **kwargs)

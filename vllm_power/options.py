@@ -1,0 +1,124 @@
+"""What the user may say, validated: ``--additional-config '{"power": {...}}'`` and the checkpoint's config.json.
+
+A checkpoint trained under a pattern carries it in config.json under ``power_attention``; it is used unless the command
+line says otherwise. Where the two contradict each other, serving the model would give wrong answers without a sign, so
+that is an error, unless ``override_checkpoint`` says that it is meant.
+"""
+
+import difflib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from vllm_power.pattern import NAMES, POWER, Pattern, preset
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+COMMAND_LINE = "--additional-config '{\"power\": {...}}'"
+CHECKPOINT = "power_attention in the checkpoint's config.json"
+
+
+class PatternOptions(BaseModel):
+    """The pattern: what a checkpoint may store and the command line may set. A field left out has the paper's value."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    pattern: Literal["power", "sliding_window", "stride_slash", "dilated", "longnet", "full"] = Field(
+        POWER.name, description="which blocks a query sees"
+    )
+    block_size: int | None = Field(None, description="tokens in a block, a power of two; default 256")
+    sink_blocks: int | None = Field(None, description="first blocks that every query sees")
+    window_blocks: int | None = Field(None, description="latest blocks that a query sees, its own included")
+    stride: int | None = Field(None, description="for stride_slash: every distance that it divides is seen")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _unknown_names(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            raise ValueError(f"must be an object of options, not {values!r}")
+        for key in values:
+            if key not in cls.model_fields:
+                raise ValueError(f"unknown option {key!r}{_nearest(key, cls.model_fields)}")
+        name = values.get("pattern", POWER.name)
+        if isinstance(name, str) and name not in NAMES:
+            raise ValueError(f"unknown pattern {name!r}{_nearest(name, NAMES)}")
+        return values
+
+    @model_validator(mode="after")
+    def _in_range(self) -> "PatternOptions":
+        _ = self.effective_pattern
+        return self
+
+    @property
+    def set_by_user(self) -> dict[str, Any]:
+        """The pattern's fields that were given, not defaulted."""
+        given = self.model_dump(include=set(PatternOptions.model_fields), exclude_unset=True)
+        return {name: value for name, value in given.items() if value is not None}
+
+    @property
+    def effective_pattern(self) -> Pattern:
+        """The pattern that these options describe; a field left out has the paper's value for that pattern."""
+        fields = self.set_by_user
+        return preset(fields.pop("pattern", POWER.name), **fields)
+
+
+class PowerOptions(PatternOptions):
+    """Everything under ``power`` in ``--additional-config``."""
+
+    override_checkpoint: bool = Field(
+        False, description="let the command line's pattern win over a different one in the checkpoint"
+    )
+
+
+def resolve(command_line: Mapping[str, Any] | None, checkpoint: Mapping[str, Any] | None) -> PowerOptions:
+    """The options in force, from the ``power`` object of the command line and the checkpoint's, either perhaps None.
+
+    Raises ValueError for an unknown or invalid option and for a contradiction between the two.
+    """
+    options = _parse(PowerOptions, command_line or {}, COMMAND_LINE)
+    if checkpoint is None:
+        return options
+    stored = _parse(PatternOptions, checkpoint, CHECKPOINT)
+    asked = options.set_by_user
+    if not asked:
+        return options.model_copy(update=stored.set_by_user)
+    if options.override_checkpoint:
+        return options
+    merged = _parse(PowerOptions, {**stored.set_by_user, **asked}, COMMAND_LINE)
+    if merged.effective_pattern != stored.effective_pattern:
+        raise ValueError(
+            f"two different patterns: the checkpoint was trained with {stored.effective_pattern} ({CHECKPOINT}: "
+            f"{stored.set_by_user}), the command line asks for {merged.effective_pattern} ({COMMAND_LINE}: {asked}). "
+            'Leave the pattern out of the command line, or say "override_checkpoint": true to serve it all the same.'
+        )
+    return merged
+
+
+def of_config(vllm_config: "VllmConfig") -> PowerOptions:
+    """The options in force for an engine. Raises ValueError as :func:`resolve` does."""
+    command_line = None
+    if isinstance(vllm_config.additional_config, Mapping):
+        command_line = vllm_config.additional_config.get("power")
+    checkpoint = None
+    if vllm_config.model_config is not None:
+        for config in (vllm_config.model_config.hf_config, vllm_config.model_config.hf_text_config):
+            checkpoint = checkpoint or getattr(config, "power_attention", None)
+    return resolve(command_line, checkpoint)
+
+
+def _parse(model: type, values: Mapping[str, Any], source: str) -> Any:
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        problems = "; ".join(
+            ": ".join([*map(str, problem["loc"]), problem["msg"].removeprefix("Value error, ")])
+            for problem in error.errors()
+        )
+        raise ValueError(f"{source}: {problems}") from None
+
+
+def _nearest(word: str, known: Any) -> str:
+    close = difflib.get_close_matches(str(word), list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"

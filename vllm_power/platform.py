@@ -1,0 +1,83 @@
+"""What we add to vLLM's platform: early refusals, the start-up line, and on a CPU the choice of the backend.
+
+These classes stand in front of the platform class in use (``compat.adopt_platform``), so ``super()`` is vLLM's own.
+They act only where ``--attention-backend power`` was asked for.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.logger import init_logger
+
+from vllm_power import options, refusals
+from vllm_power.plugin import NAME
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = init_logger("vllm.power")
+
+CPU_BACKEND = "vllm_power.executors.cpu.PowerCpuBackend"
+
+
+class PowerPlatform:
+    """Overrides of vLLM's Platform (vllm/platforms/interface.py) on every device."""
+
+    @classmethod
+    def check_and_update_config(cls, vllm_config: "VllmConfig") -> None:
+        """Called once the configuration is complete, before anything is started. Raises ValueError to refuse it."""
+        super().check_and_update_config(vllm_config)  # type: ignore[misc]
+        if is_selected(vllm_config):
+            refusals.check_config(vllm_config)
+
+    @classmethod
+    def update_block_size_for_backend(cls, vllm_config: "VllmConfig") -> None:
+        """Called in each worker after the model was built: the first moment at which the layers are known."""
+        super().update_block_size_for_backend(vllm_config)  # type: ignore[misc]
+        if is_selected(vllm_config):
+            refusals.check_page_size(vllm_config)
+            _report(vllm_config)
+
+
+class PowerCpuPlatform(PowerPlatform):
+    """In addition, on a CPU: ``get_attn_backend_cls`` honours the choice (vllm/platforms/cpu.py ignores it)."""
+
+    @classmethod
+    def get_attn_backend_cls(
+        cls, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
+    ) -> str:
+        if selected_backend is not None and selected_backend.name == NAME:
+            refusals.check_layer(attn_selector_config)
+            if not attn_selector_config.has_sliding_window:
+                return CPU_BACKEND
+            selected_backend = None  # the model's own window stays: vLLM's CPU backend runs this layer
+        return super().get_attn_backend_cls(selected_backend, attn_selector_config, num_heads)  # type: ignore[misc]
+
+
+def is_selected(vllm_config: "VllmConfig") -> bool:
+    """Whether ``power`` is the attention backend of this configuration, for all layers or for one kind of them."""
+    attention = vllm_config.attention_config
+    chosen = [attention.backend, *(getattr(attention, "backend_per_kind", None) or {}).values()]
+    return any(backend is not None and backend.name == NAME for backend in chosen)
+
+
+def _report(vllm_config: "VllmConfig") -> None:
+    """Log once what runs: pattern, density, executor and how many layers. Refuses a model with no layer for it."""
+    layers = {
+        name: layer.attn_backend
+        for name, layer in vllm_config.compilation_config.static_forward_context.items()
+        if hasattr(layer, "attn_backend")
+    }
+    sparse = [backend for backend in layers.values() if backend.get_name() == NAME]
+    refusals.check_any_layer(len(sparse), len(layers))
+    pattern = options.of_config(vllm_config).effective_pattern
+    max_len = vllm_config.model_config.max_model_len
+    logger.info_once(
+        "PowerAttention: %s; reads %.1f%% of the block pairs at max_model_len %d; executor %s; %d of %d attention layers",
+        str(pattern),
+        100 * pattern.density(max_len),
+        max_len,
+        sparse[0].executor_name,
+        len(sparse),
+        len(layers),
+        scope="global",
+    )

@@ -1,0 +1,35 @@
+"""vLLM's entry point (``vllm.general_plugins``). vLLM calls it in every process it starts, sometimes more than once."""
+
+NAME = "POWER"
+BACKEND = "vllm_power.backend.PowerBackend"
+TESTED = ((0, 32), (0, 33))
+
+
+def register() -> None:
+    """Make ``--attention-backend power`` known to vLLM in this process. Idempotent.
+
+    Raises RuntimeError under a vLLM outside the tested range.
+    """
+    import vllm
+
+    check_version(vllm.__version__)
+
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    from vllm_power import compat
+
+    if NAME not in AttentionBackendEnum.__members__:
+        register_backend(NAME, BACKEND)
+        compat.make_backend_picklable()
+    compat.adopt_platform()
+
+
+def check_version(version: str) -> None:
+    """Raises RuntimeError unless ``version`` of vLLM is one that this release was tested with."""
+    parts = version.split(".")
+    if tuple(int(part) if part.isdigit() else -1 for part in parts[:2]) not in TESTED:
+        tested = " and ".join(".".join(map(str, release)) for release in TESTED)
+        raise RuntimeError(
+            f"vllm-power works with vLLM {tested}, and this is vLLM {version}. Install one of these "
+            "(pip install 'vllm>=0.32,<0.34'), or uninstall vllm-power to use this vLLM without it."
+        )

@@ -1,0 +1,75 @@
+"""What PowerAttention does not serve, refused at start with the cause and the remedy: never silently dense or wrong."""
+
+from typing import TYPE_CHECKING, Any
+
+from vllm_power import options
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+OTHER_BACKEND = "Serve this model with another attention backend (leave out --attention-backend power)."
+
+
+def check_config(vllm_config: "VllmConfig") -> None:
+    """Refuse what the configuration alone shows. Raises ValueError."""
+    options.of_config(vllm_config)
+    model = vllm_config.model_config
+    parallel = vllm_config.parallel_config
+    if model is not None:
+        if model.use_mla:
+            _refuse("multi-head latent attention (MLA) keeps compressed keys that the pattern does not cover")
+        if model.is_encoder_decoder:
+            _refuse("an encoder-decoder model has cross attention, which is not causal")
+        if model.attn_type == "encoder_only":
+            _refuse("an encoder-only model attends in both directions; the pattern is causal")
+    if parallel.decode_context_parallel_size > 1 or getattr(parallel, "prefill_context_parallel_size", 1) > 1:
+        _refuse(
+            "context parallelism spreads the tokens of a block over ranks",
+            "Leave out --decode-context-parallel-size and --prefill-context-parallel-size; "
+            "--tensor-parallel-size works.",
+        )
+    if vllm_config.cache_config.user_specified_block_size:
+        check_page_size(vllm_config)
+
+
+def check_page_size(vllm_config: "VllmConfig") -> None:
+    """Refuse a page that does not divide the pattern's block. Raises ValueError."""
+    pattern = options.of_config(vllm_config).effective_pattern
+    page_size = vllm_config.cache_config.block_size
+    if pattern.block_size % page_size:
+        fitting = [size for size in (16, 32, 64, 128, 256, 512) if pattern.block_size % size == 0]
+        _refuse(
+            f"a page (--block-size) of {page_size} tokens does not divide the pattern's block of "
+            f"{pattern.block_size}",
+            f"Use --block-size with one of {', '.join(map(str, fitting))}.",
+        )
+
+
+def check_layer(selector: Any) -> None:
+    """Refuse a layer by vLLM's AttentionSelectorConfig (v1/attention/selector.py). Raises ValueError."""
+    if selector.use_mla:
+        _refuse("multi-head latent attention (MLA) keeps compressed keys that the pattern does not cover")
+    if selector.attn_type != "decoder":
+        _refuse(f"{selector.attn_type} attention is not causal self-attention over the paged cache")
+    if selector.use_mm_prefix or selector.use_non_causal:
+        _refuse("this model lets some tokens see later ones (bidirectional attention)")
+
+
+def check_alibi(alibi_slopes: Any) -> None:
+    """Refuse ALiBi: its bias grows with the distance, which a rewritten table does not keep. Raises ValueError."""
+    if alibi_slopes is not None:
+        _refuse("ALiBi needs the distance to each key, which is lost where blocks are left out")
+
+
+def check_any_layer(sparse: int, layers: int) -> None:
+    """Refuse a model none of whose ``layers`` attention layers would run the pattern. Raises ValueError."""
+    if not sparse:
+        _refuse(
+            f"none of the {layers} attention layers would run it: the model's own layers all use a sliding window",
+            "If the model was meant to see everything, switch its window off "
+            "(--hf-overrides '{\"sliding_window\": null}'); else use another attention backend.",
+        )
+
+
+def _refuse(cause: str, remedy: str = OTHER_BACKEND) -> None:
+    raise ValueError(f"--attention-backend power can not serve this: {cause}. {remedy}")
