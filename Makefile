@@ -1,0 +1,51 @@
+# The commands of this project; continuous integration runs the same ones (.ci/run).
+PYTHON ?= python3
+DEVICE ?= auto
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-fast test-gpu lint format bench lock wheel clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## make .venv with vLLM for this machine (PYTHON=python3.12, DEVICE=cpu|cuda to choose)
+	@$(PYTHON) deploy/setup/environment.py --device $(DEVICE)
+
+demo: setup ## start a real server with the backend, ask it two things, stop it
+	@$(BIN)/vllm-power demo
+
+test: setup ## every test (those for a GPU are skipped where there is none)
+	$(BIN)/pytest --durations=20
+
+test-fast: setup ## the tests that start no engine
+	$(BIN)/pytest -m "not e2e"
+
+test-gpu: setup ## the tests that need an NVIDIA GPU
+	$(BIN)/pytest -m gpu
+
+lint: setup ## ruff and mypy
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	@# mypy knows packages by folders: show it kernels/ where it is imported, as vllm_power.kernels.
+	@rm -rf build/types && mkdir -p build/types/vllm_power
+	@ln -s $(CURDIR)/vllm_power/* $(CURDIR)/kernels build/types/vllm_power/
+	$(BIN)/mypy build/types/vllm_power
+
+format: setup ## let ruff mend and format the code
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: setup ## compare with vLLM's dense attention on this machine's CPU
+	$(BIN)/vllm-power bench cpu
+
+lock: ## resolve the CPU environment anew into deploy/setup/cpu.lock
+	$(PYTHON) deploy/setup/lock.py
+
+wheel: setup ## build the wheel into dist/
+	$(BIN)/python -m build --wheel --no-isolation
+
+clean: ## remove the environment, builds and caches
+	rm -rf .venv build dist *.egg-info deploy/setup/*/build deploy/setup/*/*.egg-info
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
