@@ -1,0 +1,69 @@
+"""The command line `vllm-power`. A command imports what it needs when it runs: `--help` is quick."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="PowerAttention for vLLM: tools around the attention backend.", no_args_is_help=True)
+bench = typer.Typer(help="Measure, and compare with dense attention.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+# The command hands everything after its name, --help included, to a program with its own arguments.
+HANDED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+@app.command("pattern", context_settings=HANDED_ON)
+def pattern_command(context: typer.Context) -> None:
+    """Draw an attention pattern and print its counts."""
+    from vllm_power.pattern import main
+
+    main(context.args)
+
+
+@app.command("demo")
+def demo_command(
+    model: Annotated[
+        str | None, typer.Option(help="A model to serve: a folder or a name. [default: a small random one]")
+    ] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Where the small model is kept. [default: ~/.cache/vllm-power]")
+    ] = None,
+    backend: Annotated[str, typer.Option(help="Another attention backend of vLLM, to compare.")] = "power",
+    long_tokens: Annotated[
+        int, typer.Option(min=1, help="Least number of tokens of the long prompt.")
+    ] = 8192,
+) -> None:
+    """Serve a model with the backend, ask it two things through the OpenAI API, and stop it."""
+    from vllm_power.demo.run import run
+
+    raise typer.Exit(run(model=model, cache=cache, backend=backend, long_tokens=long_tokens))
+
+
+@bench.command("cpu", context_settings=HANDED_ON)
+def bench_cpu_command(context: typer.Context) -> None:
+    """The CPU executor against vLLM's dense CPU attention."""
+    from vllm_power.bench.cpu import main
+
+    main(context.args)
+
+
+@app.command("version")
+def version_command() -> None:
+    """Print the versions of vllm-power and of what it runs on."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    for name in ("vllm-power", "vllm", "torch", "triton"):
+        try:
+            typer.echo(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            typer.echo(f"{name} is not installed")
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

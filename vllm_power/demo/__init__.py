@@ -1,0 +1,1 @@
+"""The demonstration: a small model, a real server and two requests."""

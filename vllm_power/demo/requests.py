@@ -1,0 +1,83 @@
+"""The demonstration's two requests, through the official `openai` client: a chat and a long prompt."""
+
+import json
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+from openai import OpenAI, OpenAIError
+
+from vllm_power.demo.server import Server, ServerFailed
+from vllm_power.demo.tokenizer import english_text
+
+ANSWER_TOKENS = 32
+CHAT_QUESTION = "Why may a token look at only some of the tokens before it?"
+LONG_QUESTION = "\n\nQuestion: what does the text above describe?\nAnswer:"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One request and its answer. Token counts are the server's own, seconds are for the whole request."""
+
+    title: str
+    prompt: str
+    text: str
+    prompt_tokens: int
+    answer_tokens: int
+    seconds: float
+
+
+def answers(server: Server, model: str, long_tokens: int) -> Iterator[Answer]:
+    """Send the chat, then a prompt of at least `long_tokens` tokens.
+
+    Raises ServerFailed where the server refuses one or does not answer.
+    """
+    # Straight to this machine, whatever proxy the environment names.
+    client = OpenAI(base_url=server.base_url, api_key="none", http_client=httpx.Client(trust_env=False))
+    settings: dict[str, Any] = {"model": model, "max_tokens": ANSWER_TOKENS, "temperature": 0}
+    try:
+        start = time.monotonic()
+        chat = client.chat.completions.create(
+            messages=[{"role": "user", "content": CHAT_QUESTION}], **settings
+        )
+        yield answer("Chat", CHAT_QUESTION, chat.choices[0].message.content or "", chat.usage, start)
+
+        prompt = long_prompt(server, model, long_tokens)
+        start = time.monotonic()
+        completion = client.completions.create(prompt=prompt, **settings)
+        yield answer("Long prompt", prompt, completion.choices[0].text, completion.usage, start)
+    except OpenAIError as error:
+        raise ServerFailed(f"a request was not answered: {error}", None, server.log) from error
+
+
+def answer(title: str, prompt: str, text: str, usage: Any, start: float) -> Answer:
+    """Return the Answer to a request that was sent at `start` (monotonic seconds)."""
+    seconds = time.monotonic() - start
+    return Answer(title, prompt, text, usage.prompt_tokens, usage.completion_tokens, seconds)
+
+
+def long_prompt(server: Server, model: str, num_tokens: int) -> str:
+    """Return English text and a question, together at least `num_tokens` tokens and hardly more."""
+    text = english_text()
+    length = num_tokens * 4  # characters; a first guess, mended by what the server counts
+    while (counted := count_tokens(server, model, text[:length] + LONG_QUESTION)) < num_tokens:
+        if length >= len(text):
+            raise ValueError(f"a long prompt can have {counted} tokens at most, {num_tokens} are wanted")
+        length = int(length * 1.02 * num_tokens / counted)
+    return text[: int(length * num_tokens / counted * 1.01)] + LONG_QUESTION
+
+
+def count_tokens(server: Server, model: str, text: str) -> int:
+    """Return how many tokens the server makes of a text (vLLM's /tokenize)."""
+    request = urllib.request.Request(
+        f"{server.url}/tokenize",
+        data=json.dumps({"model": model, "prompt": text}).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(request, timeout=60) as response:
+        count: int = json.load(response)["count"]
+    return count
