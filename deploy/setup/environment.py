@@ -71,6 +71,11 @@ def find_device() -> str:
     return "cuda" if listing.returncode == 0 and "GPU" in listing.stdout else "cpu"
 
 
+def locked_count() -> int:
+    """Return the number of packages in cpu.lock."""
+    return sum(1 for line in LOCK.read_text().splitlines() if not line.startswith("#"))
+
+
 def fingerprint(device: str) -> str:
     """Hash everything the environment is made from, the interpreter and the checkout's place included."""
     digest = hashlib.sha256(repr((device, sys.version, str(ROOT))).encode())
@@ -119,7 +124,7 @@ class Environment:
         else:
             with step(f"torch {TORCH_CPU}"):
                 self.install_torch()
-            with step(f"{LOCK.read_text().count('==')} packages of {LOCK.name}"):
+            with step(f"{locked_count()} packages of {LOCK.name}"):
                 self.pip("--no-deps", "-r", str(LOCK))
             with step(f"vllm {VLLM}+cpu, vllm-power"):
                 # With the setuptools just installed instead of a fetched one: quick, and without network.

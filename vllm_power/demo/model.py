@@ -1,7 +1,7 @@
 """Small random models that real engines load offline: for the demonstration and for the tests.
 
-The weights are noise, but not flat noise: what attention reads changes the answer, and the next token's logits
-are far enough apart that two correct computations mostly agree on the best one.
+The weights are noise, but not flat noise: what attention reads changes the answer, and the next token's
+logits are far enough apart that two correct computations mostly agree on the best one.
 """
 
 import json
@@ -14,8 +14,8 @@ from vllm_power.demo.tokenizer import make_tokenizer
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma3_text")  # transformers' own model types
 
-# Spread of what a weight matrix puts out, for inputs of spread 1. Tried on 3,000 tokens and 4 layers: leaving out
-# the keys that the power pattern leaves out then moves logprobs by 0.4 on average, rounding to bfloat16 by 0.07.
+# Spread of what a weight matrix puts out, for inputs of spread 1. Tried on 3,000 tokens and 4 layers: leaving
+# out the keys that the power pattern leaves out moves logprobs by 0.4 on average, bfloat16 rounding by 0.07.
 # Larger gains in attention make the model chaotic: rounding grows faster than what is to be seen.
 ATTENTION_GAIN = 1.0
 MLP_GAIN = 0.5
@@ -40,7 +40,7 @@ def make_model(
 ) -> Path:
     """Make a model and its tokenizer in `directory`, unless the same one is there; return the directory.
 
-    hidden_size defaults to num_heads * head_size, which Qwen2 demands; extra_config is merged into config.json.
+    hidden_size defaults to num_heads * head_size, which Qwen2 demands; extra_config goes into config.json.
     gemma3_text alternates layers with a sliding window (512 tokens) and full ones; the others have no window.
     Raises ValueError for an unknown family or for sizes that the family cannot have.
     """

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import httpx
-from openai import OpenAI, OpenAIError
+from openai import DefaultHttpxClient, OpenAI, OpenAIError
 
 from vllm_power.demo.server import Server, ServerFailed
 from vllm_power.demo.tokenizer import english_text
@@ -36,7 +35,7 @@ def answers(server: Server, model: str, long_tokens: int) -> Iterator[Answer]:
     Raises ServerFailed where the server refuses one or does not answer.
     """
     # Straight to this machine, whatever proxy the environment names.
-    client = OpenAI(base_url=server.base_url, api_key="none", http_client=httpx.Client(trust_env=False))
+    client = OpenAI(base_url=server.base_url, api_key="none", http_client=DefaultHttpxClient(trust_env=False))
     settings: dict[str, Any] = {"model": model, "max_tokens": ANSWER_TOKENS, "temperature": 0}
     try:
         start = time.monotonic()
