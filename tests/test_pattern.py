@@ -110,7 +110,7 @@ def test_dense_blocks(pattern):
     assert all(len(pattern.visible_blocks(q)) == q + 1 for q in range(min(count, 300)))
     if count < ENDLESS:
         assert len(pattern.visible_blocks(count)) <= count
-    assert POWER.dense_blocks * POWER.block_size == 1_536
+    assert POWER.dense_tokens == 1_536
 
 
 patterns = st.builds(

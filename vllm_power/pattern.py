@@ -133,6 +133,11 @@ class Pattern:
                 return q
         return ENDLESS  # stride 1: every distance
 
+    @property
+    def dense_tokens(self) -> int:
+        """Sequences up to this many tokens are plain causal attention: 1,536 for the default power pattern."""
+        return self.dense_blocks * self.block_size
+
     def visible_pairs(self, num_tokens: int) -> int:
         """Visible (query block, key block) pairs over a sequence of ``num_tokens`` tokens."""
         blocks = self.num_blocks(num_tokens)

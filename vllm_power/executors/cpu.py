@@ -69,10 +69,15 @@ class PowerCpuMetadataBuilder(CPUAttentionMetadataBuilder):
         step = common_attn_metadata
         if step.causal is not True:
             raise NotImplementedError("PowerAttention is causal: this batch asks for attention to later tokens")
-        plan = build_plan(
-            step.query_start_loc, step.seq_lens, step.block_table_tensor, self.visible, self.block_size, True
-        )
-        return super().build(common_prefix_len, over_plan(step, plan), fast_build)
+        # While no request is longer than the blocks that see everything, the plan would be the step itself.
+        if step.max_seq_len > self.visible.pattern.dense_tokens:
+            step = over_plan(step, build_plan(*requests(step), self.visible, self.block_size, merge_dense=True))
+        return super().build(common_prefix_len, step, fast_build)
+
+
+def requests(step: CommonAttentionMetadata) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What a plan is built from: query_start_loc [R + 1], seq_lens [R], page table [R, P]."""
+    return step.query_start_loc, step.seq_lens, step.block_table_tensor
 
 
 def over_plan(step: CommonAttentionMetadata, plan: Plan) -> CommonAttentionMetadata:

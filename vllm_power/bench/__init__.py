@@ -1,0 +1,1 @@
+"""Benchmarks: ratios against the best peer in the same run, medians, on random data."""
