@@ -1,0 +1,115 @@
+"""One process that holds one real vLLM engine at a time and runs plain functions on it.
+
+A process of its own keeps vLLM's global state and threads out of pytest; inside it the engine runs in-process, so
+that a function can look at the scheduler, step the engine and reach its KV cache. Starting another engine in the same
+process takes about two seconds, starting the process about eight.
+"""
+
+import multiprocessing
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+SETTINGS: dict[str, Any] = {
+    "attention_backend": "power",
+    "dtype": "float32",
+    "max_model_len": 8192,
+    "max_num_batched_tokens": 1000,
+    "max_num_seqs": 16,
+    "kv_cache_memory_bytes": 256 << 20,
+    "skip_tokenizer_init": True,
+    "enforce_eager": True,
+    "disable_log_stats": False,
+}
+
+
+class Worker:
+    """``start`` an engine, then ``call`` functions of (llm, *arguments) on it. Functions must be at module level."""
+
+    def __init__(self, log: Path) -> None:
+        self.log = log
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, str(log)))
+        self._process.start()
+        theirs.close()
+        self._running: tuple[Any, ...] | None = None
+
+    def start(self, model: Path, **settings: Any) -> "Worker":
+        """Have an engine with exactly these settings (over ``SETTINGS``), the running one where it has them."""
+        wanted = (str(model), SETTINGS | settings)
+        if wanted != self._running:
+            self._running = None
+            self._ask("start", wanted)
+            self._running = wanted
+        return self
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """``function(llm, *arguments)`` in the engine's process."""
+        return self._ask("call", (function, arguments))
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """``function(*arguments)`` in the engine's process, where vLLM is imported already."""
+        return self._ask("run", (function, arguments))
+
+    def close(self) -> None:
+        self._pipe.close()
+        self._process.join(30)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+
+    def _ask(self, *request: Any) -> Any:
+        self._pipe.send(request)
+        try:
+            failure, answer = self._pipe.recv()
+        except EOFError:
+            raise RuntimeError(f"the engine's process died; its log ends:\n{self.tail()}") from None
+        if failure:
+            raise RuntimeError(f"in the engine's process:\n{failure}\nIts log ends:\n{self.tail()}")
+        return answer
+
+    def tail(self) -> str:
+        return self.log.read_text(errors="replace")[-3000:]
+
+
+def _serve(pipe: Connection, log: str) -> None:
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout.reconfigure(line_buffering=True)
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    engine: list[Any] = []
+    while True:
+        try:
+            kind, request = pipe.recv()
+        except EOFError:
+            _end(engine)
+            return
+        try:
+            if kind == "start":
+                _end(engine)
+                from vllm import LLM
+
+                model, settings = request
+                engine.append(LLM(model, **settings))
+                answer = None
+            else:
+                function, arguments = request
+                answer = function(*engine, *arguments) if kind == "call" else function(*arguments)
+            pipe.send((None, answer))
+        except BaseException:
+            pipe.send((traceback.format_exc(), None))
+
+
+def _end(engine: list[Any]) -> None:
+    if not engine:
+        return
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    engine.pop().llm_engine.engine_core.shutdown()
+    cleanup_dist_env_and_memory()

@@ -1,0 +1,77 @@
+"""What a model must answer, by transformers with Algorithm 1 as an explicit mask. Shares no code with the engine.
+
+In float64 it is the truth; in the engine's own dtype it shows what error that dtype makes in a correct computation.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+from vllm_power.kernels.reference import visibility_mask
+
+from vllm_power.pattern import Pattern
+
+
+@dataclass(frozen=True)
+class Answer:
+    """For each token of a sequence but the first: its log-probability, the best token there, how far it is behind it.
+
+    All float64, ``best`` int64, [tokens - 1].
+    """
+
+    logprobs: torch.Tensor
+    best: torch.Tensor
+    behind: torch.Tensor
+
+
+class Transformers:
+    """One model in one dtype."""
+
+    def __init__(self, model: Path, dtype: torch.dtype) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(
+            model, dtype=dtype, attn_implementation="sdpa"
+        ).eval()
+        self.dtype = dtype
+        if dtype == torch.float64:
+            for module in self.model.modules():
+                if type(module).__name__.endswith("RMSNorm"):
+                    _normalise_in_float64(module)
+
+    @torch.inference_mode()
+    def answer(self, tokens: list[int], pattern: Pattern) -> Answer:
+        """The answer to ``tokens`` where the layers without a window of their own follow ``pattern``."""
+        logits = self.model(
+            torch.tensor([tokens]), attention_mask=self._masks(len(tokens), pattern), use_cache=False
+        ).logits
+        logprobs = (
+            logits[0, :-1].to(torch.float64 if self.dtype == torch.float64 else torch.float32).log_softmax(-1)
+        )
+        told = logprobs.gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
+        best = logprobs.max(-1)
+        return Answer(told.double(), best.indices, (best.values - told).double())
+
+    def _masks(self, length: int, pattern: Pattern) -> torch.Tensor | dict[str, torch.Tensor]:
+        positions = torch.arange(length)
+        mask = self._additive(visibility_mask(pattern, positions, length))
+        if "sliding_attention" not in (getattr(self.model.config, "layer_types", None) or ()):
+            return mask
+        distance = positions[:, None] - positions[None, :]
+        window = (distance >= 0) & (distance < self.model.config.sliding_window)
+        return {"full_attention": mask, "sliding_attention": self._additive(window)}
+
+    def _additive(self, seen: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(seen.shape, dtype=self.dtype).masked_fill_(~seen, float("-inf"))[None, None]
+
+
+def _normalise_in_float64(norm: torch.nn.Module) -> None:
+    """transformers normalises in float32 whatever the model's dtype; the truth must not."""
+    epsilon = getattr(norm, "variance_epsilon", None) or norm.eps
+    gain = norm.weight + 1 if type(norm).__name__.startswith("Gemma") else norm.weight
+    norm.forward = lambda x: x * (x.square().mean(-1, keepdim=True) + epsilon).rsqrt() * gain
+
+
+@lru_cache(maxsize=3)
+def load(model: Path, dtype: torch.dtype) -> Transformers:
+    return Transformers(model, dtype)
