@@ -43,6 +43,7 @@ lock: ## resolve the CPU environment anew into deploy/setup/cpu.lock
 	$(PYTHON) deploy/setup/lock.py
 
 wheel: setup ## build the wheel into dist/
+	@rm -rf build
 	$(BIN)/python -m build --wheel --no-isolation
 
 clean: ## remove the environment, builds and caches

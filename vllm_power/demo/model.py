@@ -106,7 +106,9 @@ def save_random_model(config: Any, directory: Path, *, dtype: str, seed: int) ->
     """Fill a model with noise and save it. The noise depends on the seed alone, not on the dtype."""
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # it is a file of a few megabytes
     generator = torch.Generator().manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():

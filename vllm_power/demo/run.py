@@ -11,13 +11,14 @@ from pathlib import Path
 from rich.console import Console
 
 from vllm_power.demo.model import make_model
+from vllm_power.demo.progress import Progress
 from vllm_power.demo.requests import Answer, answers
 from vllm_power.demo.server import ServerFailed, last_lines, serve
 from vllm_power.pattern import POWER
 
 MAX_MODEL_LEN = 16384
 
-console = Console(highlight=False)
+console = Console(highlight=False, soft_wrap=True)
 
 
 def run(model: str | None, cache: Path | None, backend: str, long_tokens: int) -> int:
@@ -39,25 +40,20 @@ def run(model: str | None, cache: Path | None, backend: str, long_tokens: int) -
 
 def demonstrate(model: str | None, cache: Path | None, backend: str, long_tokens: int) -> None:
     """Serve the model (None: the small one) and ask it. Raises ServerFailed, which names the server's log."""
+    arguments, env = server_settings(backend)
     if model is None:
         model = str(make_model((cache or default_cache()) / "demo-model"))
+        env["HF_HUB_OFFLINE"] = "1"
         console.print(f"[bold]Model[/bold]   {model}: real shapes, random weights, so the words mean nothing")
-    arguments, env = server_settings(backend)
     console.print(f"[bold]Server[/bold]  vllm serve {model} {shlex.join(arguments)}")
     start = time.monotonic()
-    with console.status("starting") as status:
-
-        def show(seconds: float, line: str) -> None:
-            room = max(20, console.width - 12)
-            status.update(f"{seconds:4.0f} s  [dim]{line[:room].replace('[', chr(92) + '[')}[/dim]")
-
-        with serve(model, *arguments, env=env, on_wait=show) as server:
-            status.stop()
-            console.print(f"        ready after {time.monotonic() - start:.0f} s, its log is {server.log}")
-            for answer in answers(server, model, long_tokens):
-                report(answer)
-            if backend.lower() == "power":
-                report_reading(answer.prompt_tokens)
+    with Progress(console) as progress, serve(model, *arguments, env=env, on_wait=progress) as server:
+        progress.stop()
+        console.print(f"        ready after {time.monotonic() - start:.0f} s, its log is {server.log}")
+        for answer in answers(server, model, long_tokens):
+            report(answer)
+        if backend.lower() == "power":
+            report_reading(answer.prompt_tokens)
 
 
 def server_settings(backend: str) -> tuple[list[str], dict[str, str]]:
@@ -65,6 +61,7 @@ def server_settings(backend: str) -> tuple[list[str], dict[str, str]]:
     arguments = ["--attention-backend", backend, "--max-model-len", str(MAX_MODEL_LEN)]
     env = {"VLLM_NO_USAGE_STATS": "1"}
     if "cpu" in version("vllm"):
+        arguments.append("--enforce-eager")  # compiling takes longer than the demonstration
         env["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB; the small model needs 32 MiB for MAX_MODEL_LEN tokens
     else:
         arguments += ["--gpu-memory-utilization", "0.5"]
@@ -73,19 +70,21 @@ def server_settings(backend: str) -> tuple[list[str], dict[str, str]]:
 
 def report(answer: Answer) -> None:
     """Print one answer and the time it took."""
-    console.print(f"\n[bold]{answer.title}[/bold]  {answer.prompt_tokens:,} tokens", end="")
-    console.print(f", answered with {answer.answer_tokens} in {answer.seconds:.2f} s")
+    console.print(
+        f"\n[bold]{answer.title}[/bold]  {answer.prompt_tokens:,} tokens, "
+        f"answered with {answer.answer_tokens} in {answer.seconds:.2f} s"
+    )
     console.print(f"  > {shorten(answer.prompt)}", markup=False)
-    console.print(f"  < {shorten(answer.text)}\n", markup=False)
+    console.print(f"  < {shorten(answer.text)}", markup=False)
 
 
 def report_reading(num_tokens: int) -> None:
     """Print what share of the causal block pairs the pattern reads at this length."""
     blocks = POWER.num_blocks(num_tokens)
     console.print(
-        f"[bold]Block pairs read[/bold]  {POWER.density(num_tokens):.1%} of what dense attention reads: "
-        f"{POWER.visible_pairs(num_tokens)} of {blocks * (blocks + 1) // 2} pairs, "
-        f"{blocks} blocks of {POWER.block_size} tokens\n"
+        f"\n[bold]Block pairs read[/bold]  {POWER.density(num_tokens):.1%} of those that dense attention reads: "
+        f"{POWER.visible_pairs(num_tokens)} of {blocks * (blocks + 1) // 2} "
+        f"({blocks} blocks of {POWER.block_size} tokens)\n"
     )
 
 

@@ -107,10 +107,13 @@ def stop(process: subprocess.Popen[bytes], grace: float) -> None:
             process.wait(grace)
         except subprocess.TimeoutExpired:
             process.kill()
+            process.wait()
     # The engine is a child process in the session that has the server's pid. It should be gone by now.
     with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+        deadline = time.monotonic() + 2.0
+        while time.monotonic() < deadline:
+            os.killpg(process.pid, signal.SIGKILL)
+            time.sleep(0.02)
 
 
 def vllm_executable() -> str:

@@ -1,0 +1,230 @@
+"""The demonstration: small models, the server helper (with a stand-in for vLLM), and the command itself."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from vllm_power.demo import server as server_module
+from vllm_power.demo.model import FAMILIES, make_model
+from vllm_power.demo.run import run, shorten
+from vllm_power.demo.server import ServerFailed, last_lines, serve
+
+# Answers /health after a moment, writes down its arguments, and has a child process, as vLLM has.
+STAND_IN = """#!{python}
+import http.server, subprocess, sys, time
+print("arguments", *sys.argv[1:], flush=True)
+if "--refuse" in sys.argv:
+    print("the cause", flush=True)
+    sys.exit(3)
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print("child", child.pid, flush=True)
+if "--stubborn" in sys.argv:
+    import signal
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+time.sleep(0.5)
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200 if "--never" not in sys.argv else 503)
+        self.end_headers()
+port = int(sys.argv[sys.argv.index("--port") + 1])
+http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+
+@pytest.fixture
+def stand_in(monkeypatch, tmp_path):
+    """Let `serve` start a stand-in instead of vLLM; return the path of its log."""
+    program = tmp_path / "vllm"
+    program.write_text(STAND_IN.format(python=sys.executable))
+    program.chmod(0o755)
+    monkeypatch.setattr(server_module, "vllm_executable", lambda: str(program))
+    return tmp_path / "server.log"
+
+
+def is_running(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def pids(log: Path, server_pid: int) -> list[int]:
+    child = next(line for line in log.read_text().splitlines() if line.startswith("child"))
+    return [server_pid, int(child.split()[1])]
+
+
+# --- the server helper ---------------------------------------------------------------------------------------------
+
+
+def test_serve_waits_and_stops_everything(stand_in):
+    waited = []
+    with serve(
+        "some/model", "--flag", log=stand_in, on_wait=lambda *progress: waited.append(progress)
+    ) as server:
+        started = pids(stand_in, server.pid)
+        assert all(map(is_running, started))
+        assert server.base_url == f"{server.url}/v1"
+        assert "serve some/model" in stand_in.read_text()
+        assert "--flag" in stand_in.read_text()
+    assert waited
+    assert not any(map(is_running, started))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_serve_stops_the_server_on_the_way_out(stand_in, error):
+    started = []
+
+    def use(server):
+        started.extend(pids(stand_in, server.pid))
+        raise error
+
+    with pytest.raises(error), serve("m", log=stand_in) as server:
+        use(server)
+    assert len(started) == 2
+    assert not any(map(is_running, started))
+
+
+def test_a_stubborn_server_is_killed_after_the_grace_time(stand_in):
+    with serve("m", "--stubborn", log=stand_in, grace=0.5) as server:
+        started = pids(stand_in, server.pid)
+    assert not any(map(is_running, started))
+
+
+def test_a_server_that_ends_is_reported_with_its_status_and_log(stand_in):
+    with pytest.raises(ServerFailed, match="status 3") as failure, serve("m", "--refuse", log=stand_in):
+        pass
+    assert failure.value.returncode == 3
+    assert last_lines(failure.value.log, 1) == ["the cause"]
+
+
+def test_a_server_that_never_answers_is_stopped(stand_in):
+    with (
+        pytest.raises(ServerFailed, match="within 2 s") as failure,
+        serve("m", "--never", log=stand_in, timeout=2),
+    ):
+        pass
+    assert failure.value.returncode is None
+    child = next(line for line in stand_in.read_text().splitlines() if line.startswith("child"))
+    assert not is_running(int(child.split()[1]))
+
+
+def test_a_failed_demo_shows_the_log_and_fails(stand_in, monkeypatch, capsys):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    assert run(model="--refuse", cache=None, backend="power", long_tokens=8192) == 1
+    assert "the cause" in capsys.readouterr().out
+
+
+# --- small models --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_model_is_made_once_and_says_something_definite(family, tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = make_model(tmp_path / family, family, num_layers=2, dtype="float32")
+    weights = path / "model.safetensors"
+    made = weights.stat().st_mtime_ns
+    make_model(path, family, num_layers=2, dtype="float32")
+    assert weights.stat().st_mtime_ns == made
+
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    assert len(tokenizer) == 2048
+    text = "Attention, 1.5 times:\n\tünïcode 日本 <|end|>"
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
+    tokens = torch.tensor([tokenizer(text * 20).input_ids])
+    model = AutoModelForCausalLM.from_pretrained(path)
+    with torch.no_grad():
+        probabilities = model(tokens).logits.softmax(-1)
+    assert probabilities.isfinite().all()
+    assert probabilities.max(-1).values.mean() > 50 / 2048
+
+
+def test_weights_follow_the_seed_and_not_the_dtype(tmp_path):
+    from safetensors.torch import load_file
+
+    sizes = {"num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "vocab_size": 512}
+    exact, rounded, other = (
+        load_file(make_model(tmp_path / name, **sizes, **options) / "model.safetensors")
+        for name, options in {
+            "exact": {"dtype": "float32"},
+            "rounded": {"dtype": "bfloat16"},
+            "other": {"seed": 1},
+        }.items()
+    )
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert exact[name].bfloat16().equal(rounded[name])
+    assert not other[name].equal(rounded[name])
+
+
+def test_extra_config_reaches_the_checkpoint(tmp_path):
+    extra = {"power_attention": {"pattern": "full"}}
+    path = make_model(
+        tmp_path / "model", "llama", num_layers=1, head_size=96, hidden_size=128, extra_config=extra
+    )
+    config = json.loads((path / "config.json").read_text())
+    assert config["power_attention"] == {"pattern": "full"}
+    assert (config["head_dim"], config["hidden_size"]) == (96, 128)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"family": "bert"}, "unknown model family"),
+        ({"hidden_size": 100}, "hidden_size must be"),
+        ({"vocab_size": 99}, "at least 260"),
+    ],
+)
+def test_impossible_models_are_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_model(tmp_path / "model", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_shorten():
+    assert shorten("a\n b") == "a b"
+    assert len(shorten("x" * 1000)) <= 155
+
+
+# --- the command ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
+def test_demo_answers_and_leaves_nothing_running(tmp_path):
+    command = [str(Path(sys.executable).with_name("vllm-power")), "demo", "--cache", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=550)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Chat" in done.stdout
+    assert "Block pairs read" in done.stdout
+    pid_of_log = f"serve {tmp_path}/demo-model"
+    assert pid_of_log not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupting_the_demo_stops_the_server(tmp_path, number):
+    program = tmp_path / "vllm"
+    program.write_text(STAND_IN.format(python=sys.executable))
+    program.chmod(0o755)
+    code = (
+        "import sys; from vllm_power.demo import server, run; from pathlib import Path;"
+        f"server.vllm_executable = lambda: {str(program)!r};"
+        "sys.exit(run.run('--never', Path('.'), 'power', 8192))"
+    )
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    demo = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while not (logs := [log for log in tmp_path.glob("*/server.log") if "child" in log.read_text()]):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        child = pids(logs[0], demo.pid)[1]
+        demo.send_signal(number)
+        assert demo.wait(30) in (130, 143)
+        assert not is_running(child)
+    finally:
+        demo.kill()

@@ -1,0 +1,77 @@
+"""The documentation names only what exists: commands, files and links."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer.main
+
+from vllm_power.cli import app
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
+FOLDERS = ("vllm_power", "kernels", "tests", "deploy", "docker", "docs", ".ci")
+TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
+
+FENCE = re.compile(r"^```.*?\n(.*?)^```", flags=re.M | re.S)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+INLINE_CODE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
+
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+
+
+def commands(text: str, program: str) -> list[list[str]]:
+    """Words of every use of `program` in the fenced and inline code of a page, the program itself left out."""
+    code = "\n".join(FENCE.findall(text) + INLINE_CODE.findall(FENCE.sub("", text)))
+    lines = re.findall(rf"^\s*(?:\$ |\S*/)?{re.escape(program)} +([^\n#]+)", code, flags=re.M)
+    return [shlex.split(line) for line in lines]
+
+
+@pages
+def test_make_targets_exist(page):
+    for words in commands(page.read_text(), "make"):
+        targets = [word for word in words if "=" not in word and not word.startswith("-")]
+        assert set(targets) <= TARGETS, f"make {' '.join(words)}"
+
+
+@pages
+def test_subcommands_exist(page):
+    for words in commands(page.read_text(), "vllm-power"):
+        command = typer.main.get_command(app)
+        for word in words:
+            if not hasattr(command, "commands"):
+                break  # the rest are arguments
+            if word.startswith("-"):
+                continue
+            assert word in command.commands, f"vllm-power {' '.join(words)}"
+            command = command.commands[word]
+
+
+@pages
+def test_relative_links_resolve(page):
+    for link in LINK.findall(FENCE.sub("", page.read_text())):
+        path = link.split("#")[0]
+        if path and not re.match(r"[a-z]+:", link):
+            assert (page.parent / path).exists(), link
+
+
+@pages
+def test_named_paths_exist(page):
+    for code in INLINE_CODE.findall(FENCE.sub("", page.read_text())):
+        if re.fullmatch(r"[\w./-]+", code) and code.startswith(tuple(f"{folder}/" for folder in FOLDERS)):
+            assert (ROOT / code).exists(), code
+
+
+@pytest.mark.parametrize(
+    "text, program, found",
+    [
+        ("```sh\nmake demo\n```", "make", [["demo"]]),
+        ("```\n$ make test PYTHON=python3.12  # all\n```", "make", [["test", "PYTHON=python3.12"]]),
+        ("run `vllm-power bench cpu` now", "vllm-power", [["bench", "cpu"]]),
+        ("```\n.venv/bin/vllm-power demo\n```", "vllm-power", [["demo"]]),
+        ("make sure that prose is left alone", "make", []),
+    ],
+)
+def test_commands_are_found(text, program, found):
+    assert commands(text, program) == found
