@@ -1,0 +1,211 @@
+"""Decode: few query tokens a segment, the keys split over programs so that a small batch still fills the GPU.
+
+One program attends to one piece of the keys of one segment and KV head. Its rows are all (query token, query head)
+pairs of that head's group, packed into one matrix tile. With more than one piece, each leaves its output and the
+logarithm of its softmax total in a workspace, and ``merge`` joins them. How many pieces: that follows from shapes,
+never from lengths.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from vllm_power.kernels import tuning
+from vllm_power.kernels.arguments import check_tensors
+from vllm_power.kernels.merge import merge, pieces_in_use
+from vllm_power.kernels.plan import Plan
+from vllm_power.kernels.primitives import LOG2_E, NO_MAXIMUM, attend
+
+
+@triton.jit
+def _decode_kernel(
+    query,
+    key_cache,
+    value_cache,
+    output,
+    partial_output,
+    partial_lse,
+    query_start_loc,
+    key_lens,
+    page_table,
+    k_scale,
+    v_scale,
+    scale,
+    soft_cap,
+    query_strides,
+    key_strides,
+    value_strides,
+    output_strides,
+    page_table_stride,
+    num_kv_heads,
+    num_pieces,
+    GROUP: tl.constexpr,
+    SPLIT: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    program = tl.program_id(0)
+    piece = program % num_pieces
+    kv_head = program // num_pieces % num_kv_heads
+    segment = program // (num_pieces * num_kv_heads)
+
+    start = tl.load(query_start_loc + segment)
+    num_tokens = tl.load(query_start_loc + segment + 1) - start
+    num_keys = tl.load(key_lens + segment)
+    used, piece_keys = pieces_in_use(num_keys, num_pieces, BLOCK_N)
+    if (num_tokens <= 0) | (piece >= used):
+        return
+
+    # [BLOCK_M]: row r is token r // GROUP and head r % GROUP of the group; rows past the end repeat the last token
+    rows = tl.arange(0, BLOCK_M)
+    exists = rows < num_tokens * GROUP
+    token = tl.minimum(rows // GROUP, num_tokens - 1)
+    head = kv_head * GROUP + rows % GROUP
+    columns = tl.arange(0, HEAD_PAD)
+    in_head = columns < HEAD_SIZE
+    # [BLOCK_M, HEAD_PAD]
+    query_rows = (start + token).to(tl.int64) * query_strides[0] + head * query_strides[1]
+    query_tile = tl.load(query + query_rows[:, None] + columns[None, :], mask=in_head[None, :], other=0.0)
+
+    visible_keys = num_keys - num_tokens + token + 1
+    if k_scale is not None:
+        scale *= tl.load(k_scale)
+    if not SOFT_CAP:
+        scale *= LOG2_E
+    pages = page_table + segment.to(tl.int64) * page_table_stride
+    key_cache += kv_head.to(tl.int64) * key_strides[2]
+    value_cache += kv_head.to(tl.int64) * value_strides[2]
+    accumulator = tl.zeros([BLOCK_M, HEAD_PAD], tl.float32)
+    maximum = tl.full([BLOCK_M], NO_MAXIMUM, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    for first_key in range(piece * piece_keys, tl.minimum((piece + 1) * piece_keys, num_keys), BLOCK_N):
+        accumulator, maximum, total = attend(
+            first_key, visible_keys, num_keys, query_tile, accumulator, maximum, total, key_cache, value_cache, pages,
+            columns, key_strides, value_strides, scale, soft_cap, True, SOFT_CAP, PRECISION, HEAD_SIZE, PAGE_SIZE,
+            BLOCK_N,
+        )  # fmt: skip
+
+    # Only a later draft token's row may see keys of this piece; the others have a total of 0 and must not give NaN.
+    accumulator /= tl.where(total == 0.0, 1.0, total)[:, None]
+    if v_scale is not None:
+        accumulator *= tl.load(v_scale)
+    stored = exists[:, None] & in_head[None, :]
+    if SPLIT:
+        # [T, H, pieces, D] and [T, H, pieces]
+        partial_rows = ((start + token).to(tl.int64) * (num_kv_heads * GROUP) + head) * num_pieces + piece
+        tl.store(
+            partial_output + partial_rows[:, None] * HEAD_SIZE + columns[None, :], accumulator, mask=stored
+        )
+        tl.store(partial_lse + partial_rows, maximum + tl.log2(total), mask=exists)
+    else:
+        output_rows = (start + token).to(tl.int64) * output_strides[0] + head * output_strides[1]
+        tl.store(
+            output + output_rows[:, None] + columns[None, :],
+            accumulator.to(output.dtype.element_ty),
+            mask=stored,
+        )
+
+
+def decode(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    output: torch.Tensor,
+    plan: Plan,
+    scale: float,
+    soft_cap: float = 0.0,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    max_query_len: int = 1,
+    workspace: torch.Tensor | None = None,
+    num_pieces: int | None = None,
+) -> None:
+    """Write the attention of ``query`` over the plan's visible pages into ``output``. Arguments as for ``prefill``.
+
+    max_query_len: the most query tokens a segment of the plan can have; times the heads of a group, at most 128.
+    workspace: float32 [at least ``workspace_size``], for the parts to be merged; without one it is allocated here.
+    num_pieces: into how many pieces to cut the keys; by default ``tuning.decode_splits`` says.
+
+    Raises ValueError for shapes or strides that do not fit together.
+    """
+    check_tensors(query, key_cache, value_cache, output)
+    num_tokens, num_heads, head_size = query.shape
+    page_size, num_kv_heads = key_cache.shape[1:3]
+    group = num_heads // num_kv_heads
+    if max_query_len * group > 128:
+        raise ValueError(
+            f"{max_query_len} query tokens of {group} heads are more than 128 rows: prefill takes them"
+        )
+    settings = tuning.decode_settings(query.dtype, head_size, max_query_len * group)
+    if num_pieces is None:
+        num_pieces = tuning.decode_splits(
+            plan.num_segments * num_kv_heads,
+            plan.page_table.shape[1] * page_size,
+            settings["BLOCK_N"],
+            _num_multiprocessors(query.device),
+        )
+    partial_output = partial_lse = None
+    if num_pieces > 1:
+        parts = min(num_tokens, plan.num_segments * max_query_len) * num_heads * num_pieces
+        if workspace is None:
+            workspace = torch.empty(parts * (head_size + 1), dtype=torch.float32, device=query.device)
+        elif workspace.numel() < parts * (head_size + 1):
+            raise ValueError(
+                f"the workspace holds {workspace.numel()} numbers, {parts * (head_size + 1)} are needed"
+            )
+        partial_output, partial_lse = workspace[: parts * head_size], workspace[parts * head_size :]
+    grid = (num_pieces * num_kv_heads * plan.num_segments,)
+    _decode_kernel[grid](
+        query=query,
+        key_cache=key_cache,
+        value_cache=value_cache,
+        output=output,
+        partial_output=partial_output,
+        partial_lse=partial_lse,
+        query_start_loc=plan.query_start_loc,
+        key_lens=plan.key_lens,
+        page_table=plan.page_table,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        scale=scale,
+        soft_cap=soft_cap,
+        query_strides=query.stride()[:2],
+        key_strides=key_cache.stride()[:3],
+        value_strides=value_cache.stride()[:3],
+        output_strides=output.stride()[:2],
+        page_table_stride=plan.page_table.stride(0),
+        num_kv_heads=num_kv_heads,
+        num_pieces=num_pieces,
+        GROUP=group,
+        SPLIT=num_pieces > 1,
+        SOFT_CAP=bool(soft_cap),
+        PRECISION="ieee" if query.dtype == torch.float32 else None,
+        HEAD_SIZE=head_size,
+        HEAD_PAD=triton.next_power_of_2(head_size),
+        PAGE_SIZE=page_size,
+        **settings,
+    )
+    if num_pieces > 1:
+        merge(partial_output, partial_lse, output, plan, max_query_len, num_pieces, settings["BLOCK_N"])
+
+
+def workspace_size(
+    num_heads: int, num_kv_heads: int, head_size: int, max_query_len: int, device: torch.device
+) -> int:
+    """How many float32 a workspace needs for any batch of segments of up to ``max_query_len`` tokens."""
+    # Pieces are cut only while there are fewer (segment, KV head) pairs than wanted programs: at most twice the wanted.
+    programs = 2 * tuning.wanted_programs(_num_multiprocessors(device))
+    return programs * max_query_len * (num_heads // num_kv_heads) * (head_size + 1)
+
+
+@functools.cache
+def _num_multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 4  # the interpreter: enough to split
+    return torch.cuda.get_device_properties(device).multi_processor_count

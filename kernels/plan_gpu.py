@@ -1,0 +1,169 @@
+"""The plan on the GPU: the same as ``plan.build_plan``, in one launch, into buffers that stay where they are.
+
+The number of segments is known only on the device. So the plan is padded to a bound that follows from shapes: unused
+segments have no query and no key. Nothing waits for the device, and a CUDA graph that reads the buffers stays valid.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from vllm_power.kernels.plan import Plan, VisibleBlocks
+
+
+@triton.jit
+def _plan_kernel(
+    query_start_loc,
+    seq_lens,
+    page_table,
+    visible_blocks,
+    visible_counts,
+    segment_start_loc,
+    key_lens,
+    segment_pages,
+    num_requests,
+    num_segments,
+    page_table_stride,
+    visible_stride,
+    width,
+    REQUESTS_PAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    segment = tl.program_id(0)
+    requests = tl.arange(0, REQUESTS_PAD)
+    exists = requests < num_requests
+    # [REQUESTS_PAD]: how many segments each request has, and how many there are up to and with it
+    starts = tl.load(query_start_loc + requests, mask=exists, other=0)
+    num_queries = tl.load(query_start_loc + requests + 1, mask=exists, other=0) - starts
+    lengths = tl.load(seq_lens + requests, mask=exists, other=0)
+    first_blocks = (lengths - num_queries) // BLOCK_SIZE
+    counts = tl.where(num_queries > 0, (lengths - 1) // BLOCK_SIZE - first_blocks + 1, 0)
+    ends = tl.cumsum(counts, 0)
+    total = tl.sum(counts, 0)
+    num_tokens = tl.load(query_start_loc + num_requests)
+
+    # The segment's request is the first one whose end lies past it.
+    request = tl.minimum(tl.sum((ends <= segment).to(tl.int32), 0), num_requests - 1)
+    number = segment - tl.sum(tl.where(requests < request, counts, 0), 0)
+    used = segment < total
+    request_start = tl.load(query_start_loc + request)
+    length = tl.load(seq_lens + request)
+    first_new = length - (tl.load(query_start_loc + request + 1) - request_start)
+    block = tl.where(used, first_new // BLOCK_SIZE + number, 0)
+    start = tl.where(number == 0, first_new, block * BLOCK_SIZE)
+    end = tl.minimum(length, (block + 1) * BLOCK_SIZE)
+    num_visible = tl.load(visible_counts + block)
+    num_keys = tl.where(used, (num_visible - 1) * BLOCK_SIZE + end - block * BLOCK_SIZE, 0)
+    if tl.program_id(1) == 0:
+        tl.store(segment_start_loc + segment, tl.where(used, request_start + start - first_new, num_tokens))
+        tl.store(key_lens + segment, num_keys)
+        if segment == 0:
+            tl.store(segment_start_loc + num_segments, num_tokens)
+
+    # [COLUMNS]: the pages of the visible blocks; entries that hold no key stay 0 and are looked up nowhere
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    PAGES_PER_BLOCK: tl.constexpr = BLOCK_SIZE // PAGE_SIZE
+    holds_keys = columns * PAGE_SIZE < num_keys
+    blocks = tl.load(
+        visible_blocks + block.to(tl.int64) * visible_stride + columns // PAGES_PER_BLOCK,
+        mask=holds_keys,
+        other=0,
+    )
+    page_row = page_table + request.to(tl.int64) * page_table_stride
+    pages = tl.load(page_row + blocks * PAGES_PER_BLOCK + columns % PAGES_PER_BLOCK, mask=holds_keys, other=0)
+    tl.store(segment_pages + segment.to(tl.int64) * width + columns, pages, mask=columns < width)
+
+
+class PlanBuilder:
+    """Builds plans on one device, step after step, in buffers of its own: a plan holds until the next is built.
+
+    visible: the pattern's tables on the device, for the longest sequence there can be.
+    page_size: tokens of a page; divides the pattern's block.
+    max_num_reqs, max_num_tokens: the most requests, and new tokens, of a step.
+
+    Raises ValueError where ``page_size`` does not divide the pattern's block.
+    """
+
+    def __init__(
+        self, visible: VisibleBlocks, page_size: int, max_num_reqs: int, max_num_tokens: int
+    ) -> None:
+        self.block_size = visible.pattern.block_size
+        if self.block_size % page_size:
+            raise ValueError(f"a page of {page_size} tokens does not divide a block of {self.block_size}")
+        self.page_size = page_size
+        self.visible_blocks = visible.blocks.int()
+        self.visible_counts = visible.counts.int()
+        device = visible.blocks.device
+        most = self.max_segments(max_num_reqs, max_num_tokens, max_num_tokens)
+        width = visible.blocks.shape[1] * (self.block_size // page_size)
+        self.segment_start_loc = torch.zeros(most + 1, dtype=torch.int32, device=device)
+        self.key_lens = torch.zeros(most, dtype=torch.int32, device=device)
+        self.segment_pages = torch.zeros(most, width, dtype=torch.int32, device=device)
+
+    def max_segments(self, num_reqs: int, num_tokens: int, max_query_len: int) -> int:
+        """The most segments that a step of these shapes can have; ``max_query_len`` new tokens a request at most."""
+        per_request = 1 + triton.cdiv(max_query_len - 1, self.block_size)
+        return min(num_tokens, num_reqs * per_request, 2 * num_reqs + num_tokens // self.block_size)
+
+    @property
+    def num_bytes(self) -> int:
+        """GPU memory that the builder holds on to."""
+        tensors = (
+            self.visible_blocks,
+            self.visible_counts,
+            self.segment_start_loc,
+            self.key_lens,
+            self.segment_pages,
+        )
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def build(
+        self,
+        query_start_loc: torch.Tensor,
+        seq_lens: torch.Tensor,
+        page_table: torch.Tensor,
+        num_tokens: int,
+        max_query_len: int,
+    ) -> Plan:
+        """The plan of one step, padded to ``max_segments``; no host waits, all lengths stay on the device.
+
+        query_start_loc: int32 [R + 1]. seq_lens: int32 [R], new tokens included. page_table: int32 [R, P], columns past
+        a request's pages may hold anything. A request without new tokens (padding) may have any length.
+        num_tokens, max_query_len: bounds known to the host, of the step's tokens and of a request's.
+
+        Unused segments begin and end at the number of real tokens, and have 0 keys and 0 for pages.
+        """
+        num_reqs = seq_lens.shape[0]
+        num_segments = self.max_segments(num_reqs, num_tokens, max_query_len)
+        if num_segments > self.key_lens.shape[0]:
+            raise ValueError(
+                f"{num_segments} segments are more than the {self.key_lens.shape[0]} there is room for"
+            )
+        width = self.segment_pages.shape[1]
+        columns = min(1024, triton.next_power_of_2(width))
+        _plan_kernel[(num_segments, triton.cdiv(width, columns))](
+            query_start_loc=query_start_loc,
+            seq_lens=seq_lens,
+            page_table=page_table,
+            visible_blocks=self.visible_blocks,
+            visible_counts=self.visible_counts,
+            segment_start_loc=self.segment_start_loc,
+            key_lens=self.key_lens,
+            segment_pages=self.segment_pages,
+            num_requests=num_reqs,
+            num_segments=num_segments,
+            page_table_stride=page_table.stride(0),
+            visible_stride=self.visible_blocks.stride(0),
+            width=width,
+            REQUESTS_PAD=triton.next_power_of_2(num_reqs),
+            BLOCK_SIZE=self.block_size,
+            PAGE_SIZE=self.page_size,
+            COLUMNS=columns,
+            num_warps=4,
+        )
+        return Plan(
+            query_start_loc=self.segment_start_loc[: num_segments + 1],
+            key_lens=self.key_lens[:num_segments],
+            page_table=self.segment_pages[:num_segments],
+        )

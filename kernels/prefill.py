@@ -1,0 +1,164 @@
+"""Prefill: causal attention of a plan's segments over a paged cache, for any number of query tokens a segment.
+
+One program computes BLOCK_M rows of one segment and one KV head. A row is a (query token, query head) pair: all heads
+that share the KV head are packed together, so that the tile is full whatever their number. The keys of a segment are
+its visible pages in order; only the last of them, where the segment's own tokens are, need the causal mask.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from vllm_power.kernels import tuning
+from vllm_power.kernels.arguments import check_tensors
+from vllm_power.kernels.plan import Plan
+from vllm_power.kernels.primitives import LOG2_E, NO_MAXIMUM, attend
+
+
+@triton.jit
+def _prefill_kernel(
+    query,
+    key_cache,
+    value_cache,
+    output,
+    query_start_loc,
+    key_lens,
+    page_table,
+    k_scale,
+    v_scale,
+    scale,
+    soft_cap,
+    query_strides,
+    key_strides,
+    value_strides,
+    output_strides,
+    page_table_stride,
+    num_kv_heads,
+    tiles_per_segment,
+    GROUP: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    # Tiles that share keys run next to each other: rows fastest, then KV heads, then segments.
+    program = tl.program_id(0)
+    tile = program % tiles_per_segment
+    kv_head = program // tiles_per_segment % num_kv_heads
+    segment = program // (tiles_per_segment * num_kv_heads)
+
+    start = tl.load(query_start_loc + segment)
+    num_tokens = tl.load(query_start_loc + segment + 1) - start
+    if tile * BLOCK_M >= num_tokens * GROUP:
+        return
+    num_keys = tl.load(key_lens + segment)
+
+    # [BLOCK_M]: row r is token r // GROUP and head r % GROUP of the group; rows past the end repeat the last token
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    exists = rows < num_tokens * GROUP
+    token = tl.minimum(rows // GROUP, num_tokens - 1)
+    head = kv_head * GROUP + rows % GROUP
+    columns = tl.arange(0, HEAD_PAD)
+    in_head = columns < HEAD_SIZE
+    # [BLOCK_M, HEAD_PAD]
+    query_rows = (start + token).to(tl.int64) * query_strides[0] + head * query_strides[1]
+    query_tile = tl.load(query + query_rows[:, None] + columns[None, :], mask=in_head[None, :], other=0.0)
+
+    visible_keys = num_keys - num_tokens + token + 1
+    first_token = tile * BLOCK_M // GROUP
+    last_token = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUP, num_tokens - 1)
+    whole_tiles = (num_keys - num_tokens + first_token + 1) // BLOCK_N * BLOCK_N
+    tile_end = num_keys - num_tokens + last_token + 1
+
+    if k_scale is not None:
+        scale *= tl.load(k_scale)
+    if not SOFT_CAP:
+        scale *= LOG2_E
+    pages = page_table + segment.to(tl.int64) * page_table_stride
+    key_cache += kv_head.to(tl.int64) * key_strides[2]
+    value_cache += kv_head.to(tl.int64) * value_strides[2]
+    accumulator = tl.zeros([BLOCK_M, HEAD_PAD], tl.float32)
+    maximum = tl.full([BLOCK_M], NO_MAXIMUM, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    for first_key in range(0, whole_tiles, BLOCK_N):
+        accumulator, maximum, total = attend(
+            first_key, visible_keys, num_keys, query_tile, accumulator, maximum, total, key_cache, value_cache, pages,
+            columns, key_strides, value_strides, scale, soft_cap, False, SOFT_CAP, PRECISION, HEAD_SIZE, PAGE_SIZE,
+            BLOCK_N,
+        )  # fmt: skip
+    for first_key in range(whole_tiles, tile_end, BLOCK_N):
+        accumulator, maximum, total = attend(
+            first_key, visible_keys, num_keys, query_tile, accumulator, maximum, total, key_cache, value_cache, pages,
+            columns, key_strides, value_strides, scale, soft_cap, True, SOFT_CAP, PRECISION, HEAD_SIZE, PAGE_SIZE,
+            BLOCK_N,
+        )  # fmt: skip
+
+    accumulator /= tl.where(total == 0.0, 1.0, total)[:, None]  # 0: a row of a dummy step without keys
+    if v_scale is not None:
+        accumulator *= tl.load(v_scale)
+    output_rows = (start + token).to(tl.int64) * output_strides[0] + head * output_strides[1]
+    tl.store(
+        output + output_rows[:, None] + columns[None, :],
+        accumulator.to(output.dtype.element_ty),
+        mask=exists[:, None] & in_head[None, :],
+    )
+
+
+def prefill(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    output: torch.Tensor,
+    plan: Plan,
+    scale: float,
+    soft_cap: float = 0.0,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    max_query_len: int = 256,
+) -> None:
+    """Write the attention of ``query`` over the plan's visible pages into ``output``.
+
+    query, output: [T, H, D] in bfloat16, float16 or float32. Rows of no segment are left as they are.
+    key_cache, value_cache: [pages, page_size, G, D] in the same dtype or float8_e4m3fn, any strides but the last.
+    plan: its segments have at most ``max_query_len`` query tokens (a bound from the host; the pattern's block at most).
+    scale: of the scores, before the softmax. soft_cap: bends scores to soft_cap * tanh(score / soft_cap); 0 for none.
+    k_scale, v_scale: float32 scalars on the device, what a stored key or value has to be multiplied by; None for 1.
+
+    Raises ValueError for shapes or strides that do not fit together.
+    """
+    check_tensors(query, key_cache, value_cache, output)
+    num_heads, head_size = query.shape[1:]
+    page_size, num_kv_heads = key_cache.shape[1:3]
+    group = num_heads // num_kv_heads
+    settings = tuning.prefill_settings(query.dtype, key_cache.dtype, head_size, max_query_len * group)
+    tiles_per_segment = triton.cdiv(max_query_len * group, settings["BLOCK_M"])
+    grid = (tiles_per_segment * num_kv_heads * plan.num_segments,)
+    _prefill_kernel[grid](
+        query=query,
+        key_cache=key_cache,
+        value_cache=value_cache,
+        output=output,
+        query_start_loc=plan.query_start_loc,
+        key_lens=plan.key_lens,
+        page_table=plan.page_table,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        scale=scale,
+        soft_cap=soft_cap,
+        query_strides=query.stride()[:2],
+        key_strides=key_cache.stride()[:3],
+        value_strides=value_cache.stride()[:3],
+        output_strides=output.stride()[:2],
+        page_table_stride=plan.page_table.stride(0),
+        num_kv_heads=num_kv_heads,
+        tiles_per_segment=tiles_per_segment,
+        GROUP=group,
+        SOFT_CAP=bool(soft_cap),
+        PRECISION="ieee" if query.dtype == torch.float32 else None,
+        HEAD_SIZE=head_size,
+        HEAD_PAD=triton.next_power_of_2(head_size),
+        PAGE_SIZE=page_size,
+        **settings,
+    )

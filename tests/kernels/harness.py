@@ -1,0 +1,90 @@
+"""Run a kernel over a random step on the test device and hold it to the oracle, in the precision its dtype allows."""
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from paged import Step
+from vllm_power.kernels.plan import Plan, VisibleBlocks
+from vllm_power.kernels.plan_gpu import PlanBuilder
+from vllm_power.kernels.reference import attention, visibility_mask
+
+from vllm_power.pattern import Pattern
+
+# Triton's interpreter multiplies bfloat16 matrices as if they were integers, so without a GPU float16 stands in.
+BFLOAT16 = torch.bfloat16 if torch.cuda.is_available() else torch.float16
+
+
+def to_fp8(step: Step, k_scale: float, v_scale: float) -> Step:
+    """The step with caches in float8_e4m3fn, stored divided by their scales; keys and values are what is read back."""
+
+    def stored(tensor: torch.Tensor, scale: float) -> torch.Tensor:
+        return (tensor.float() / scale).to(torch.float8_e4m3fn)
+
+    def read(tensors: list[torch.Tensor], scale: float) -> list[torch.Tensor]:
+        return [stored(tensor, scale).float() * scale for tensor in tensors]
+
+    return dataclasses.replace(
+        step,
+        key_cache=stored(step.key_cache, k_scale),
+        value_cache=stored(step.value_cache, v_scale),
+        keys=read(step.keys, k_scale),
+        values=read(step.values, v_scale),
+    )
+
+
+def in_vllm_layout(key_cache: torch.Tensor, value_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same caches as views of one [pages, kv_heads, page_size, 2 * D] tensor, as vLLM hands them over."""
+    both = torch.cat([key_cache, value_cache], -1).transpose(1, 2).contiguous()
+    return both.transpose(1, 2).split(key_cache.shape[-1], -1)
+
+
+def build(step: Step, pattern: Pattern, device: torch.device) -> Plan:
+    """The step's plan, by the Triton plan kernel."""
+    page_size = step.key_cache.shape[1]
+    num_reqs, num_tokens = len(step.requests), step.query.shape[0]
+    longest = max(request.length for request in step.requests)
+    builder = PlanBuilder(VisibleBlocks.of(pattern, longest, device), page_size, num_reqs, num_tokens)
+    return builder.build(
+        step.query_start_loc.to(device),
+        step.seq_lens.to(device),
+        step.page_table.to(device),
+        num_tokens,
+        max(request.new for request in step.requests),
+    )
+
+
+def run(
+    kernel: Callable[..., None], step: Step, pattern: Pattern, device: torch.device, **options
+) -> torch.Tensor:
+    """The kernel's output over the step, on the CPU; rows that it did not write are NaN."""
+    key_cache, value_cache = in_vllm_layout(step.key_cache.to(device), step.value_cache.to(device))
+    output = torch.full_like(step.query, float("nan"), device=device)
+    kernel(step.query.to(device), key_cache, value_cache, output, build(step, pattern, device), **options)
+    return output.cpu()
+
+
+def assert_accurate(
+    output: torch.Tensor,
+    step: Step,
+    pattern: Pattern,
+    scale: float,
+    soft_cap: float = 0.0,
+    slack: float = 2.0,
+) -> None:
+    """Hold the output to float64: its largest error may be ``slack`` times that of the same attention computed plainly
+    in the output's dtype, and one rounding of the largest value more."""
+    expected = step.oracle(pattern, scale, soft_cap)
+    plain = []
+    for request, start, key, value in zip(
+        step.requests, step.query_start_loc, step.keys, step.values, strict=False
+    ):
+        if request.new:
+            query = step.query[start : start + request.new]
+            mask = visibility_mask(pattern, torch.arange(request.computed, request.length), request.length)
+            dtype = query.dtype
+            plain.append(attention(query, key.to(dtype), value.to(dtype), mask, scale, soft_cap))
+    allowed = slack * (torch.cat(plain).double() - expected).abs().max()
+    allowed += torch.finfo(output.dtype).eps * expected.abs().max()
+    error = (output.double() - expected).abs().max()
+    assert error <= allowed, f"largest error {error:.2e}, allowed {allowed:.2e}"

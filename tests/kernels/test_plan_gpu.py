@@ -1,0 +1,96 @@
+"""The Triton plan is the torch plan, padded."""
+
+import pytest
+import torch
+from paged import Request, make_step
+from vllm_power.kernels.plan import VisibleBlocks, build_plan
+from vllm_power.kernels.plan_gpu import PlanBuilder
+
+from vllm_power.pattern import Pattern, preset
+
+BATCHES = {
+    "one-token": [Request(0, 1)],
+    "decodes": [Request(length, 1) for length in (0, 1, 63, 64, 65, 383, 384, 385, 1000)],
+    "prefill": [Request(0, 1000)],
+    "chunk-inside-a-block": [Request(70, 20)],
+    "chunks": [Request(129, 300), Request(64, 64), Request(63, 2), Request(0, 65)],
+    "drafts-over-a-block-end": [Request(length, 5) for length in (59, 60, 62, 63, 64, 700)],
+    "mixed": [Request(900, 1), Request(127, 4), Request(0, 0), Request(500, 130), Request(0, 0)],
+}
+
+
+def check(pattern: Pattern, requests: list[Request], page_size: int, device: torch.device) -> None:
+    step = make_step(pattern, requests, page_size, heads=1, kv_heads=1, head_size=2)
+    visible = VisibleBlocks.of(pattern, 1100)
+    expected = build_plan(step.query_start_loc, step.seq_lens, step.page_table, visible, page_size)
+    num_tokens = int(step.query_start_loc[-1])
+    max_query_len = max(request.new for request in requests)
+
+    builder = PlanBuilder(VisibleBlocks.of(pattern, 1100, device), page_size, len(requests), num_tokens + 3)
+    wide = torch.cat([step.page_table, step.page_table], 1).to(
+        device
+    )  # a table whose row stride exceeds its width
+    plan = builder.build(
+        step.query_start_loc.to(device),
+        step.seq_lens.to(device),
+        wide[:, : step.page_table.shape[1]],
+        num_tokens + 3,
+        max_query_len,
+    )
+    used = expected.num_segments
+    assert used <= plan.num_segments <= builder.key_lens.shape[0]
+    assert torch.equal(plan.query_start_loc[: used + 1].cpu(), expected.query_start_loc)
+    assert (plan.query_start_loc[used:] == num_tokens).all()
+    assert torch.equal(plan.key_lens.cpu()[:used], expected.key_lens)
+    assert not plan.key_lens[used:].any()
+    assert torch.equal(plan.page_table.cpu()[:used], expected.page_table)
+    assert not plan.page_table[used:].any()
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("page_size", [16, 64], ids="page-{}".format)
+def test_matches_the_torch_plan(batch: str, page_size: int, device: torch.device) -> None:
+    check(Pattern(block_size=64), BATCHES[batch], page_size, device)
+
+
+@pytest.mark.parametrize("name", ["sliding_window", "stride_slash", "dilated", "longnet", "full"])
+def test_any_pattern(name: str, device: torch.device) -> None:
+    check(preset(name, block_size=64), BATCHES["mixed"], 32, device)
+
+
+def test_padded_requests_with_stale_lengths_have_no_segment(device: torch.device) -> None:
+    pattern = Pattern(block_size=64)
+    builder = PlanBuilder(VisibleBlocks.of(pattern, 1024, device), 64, 4, 8)
+    plan = builder.build(
+        query_start_loc=torch.tensor([0, 1, 2, 2, 2], dtype=torch.int32, device=device),
+        seq_lens=torch.tensor([5, 100, 777, 0], dtype=torch.int32, device=device),
+        page_table=torch.arange(64, dtype=torch.int32, device=device).view(4, 16),
+        num_tokens=4,
+        max_query_len=1,
+    )
+    assert plan.num_segments == 4
+    assert plan.query_start_loc.tolist() == [0, 1, 2, 2, 2]
+    assert plan.key_lens.tolist() == [5, 100, 0, 0]
+    assert plan.page_table[:, :3].tolist() == [[0, 0, 0], [16, 17, 0], [0, 0, 0], [0, 0, 0]]
+
+
+def test_a_plan_reuses_its_buffers(device: torch.device) -> None:
+    builder = PlanBuilder(VisibleBlocks.of(Pattern(block_size=64), 1024, device), 64, 2, 8)
+    one = torch.tensor([0, 1], dtype=torch.int32, device=device)
+    table = torch.arange(16, dtype=torch.int32, device=device)[None]
+    first = builder.build(one, torch.tensor([9], dtype=torch.int32, device=device), table, 1, 1)
+    second = builder.build(one, torch.tensor([70], dtype=torch.int32, device=device), table, 1, 1)
+    assert first.page_table.data_ptr() == second.page_table.data_ptr()
+    assert first.key_lens.tolist() == [70]
+
+
+def test_bounds_of_a_plan(device: torch.device) -> None:
+    builder = PlanBuilder(VisibleBlocks.of(Pattern(), 1 << 20, device), 16, 256, 8192)
+    assert builder.max_segments(64, 64, 1) == 64
+    assert builder.max_segments(1, 8192, 8192) == 33
+    assert builder.num_bytes < 2 << 20
+    zeros = torch.zeros(1025, dtype=torch.int32, device=device)
+    with pytest.raises(ValueError, match="room"):
+        builder.build(zeros, zeros[1:], zeros[1:, None], 1024, 1)
+    with pytest.raises(ValueError, match="does not divide"):
+        PlanBuilder(VisibleBlocks.of(Pattern(block_size=64), 64), 128, 1, 1)
