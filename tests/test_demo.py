@@ -199,6 +199,7 @@ def test_demo_answers_and_leaves_nothing_running(tmp_path):
     command = [str(Path(sys.executable).with_name("vllm-power")), "demo", "--cache", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=550)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "executor" in done.stdout  # the backend's own line in the server's log
     assert "Chat" in done.stdout
     assert "Block pairs read" in done.stdout
     pid_of_log = f"serve {tmp_path}/demo-model"

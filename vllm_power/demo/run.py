@@ -50,6 +50,8 @@ def demonstrate(model: str | None, cache: Path | None, backend: str, long_tokens
     with Progress(console) as progress, serve(model, *arguments, env=env, on_wait=progress) as server:
         progress.stop()
         console.print(f"        ready after {time.monotonic() - start:.0f} s, its log is {server.log}")
+        for line in backend_lines(server.log):
+            console.print(f"        {line}", markup=False)
         for answer in answers(server, model, long_tokens):
             report(answer)
         if backend.lower() == "power":
@@ -66,6 +68,16 @@ def server_settings(backend: str) -> tuple[list[str], dict[str, str]]:
     else:
         arguments += ["--gpu-memory-utilization", "0.5"]
     return arguments, env
+
+
+def backend_lines(log: Path) -> list[str]:
+    """Return what the backend says of itself in the server's log."""
+    marker = "PowerAttention: "
+    return [
+        marker + line.split(marker)[1]
+        for line in log.read_text(errors="replace").splitlines()
+        if marker in line
+    ]
 
 
 def report(answer: Answer) -> None:
