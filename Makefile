@@ -10,6 +10,7 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## make .venv with vLLM for this machine (PYTHON=python3.12, DEVICE=cpu|cuda to choose)
+	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 or later is needed: there is no $(PYTHON)."; exit 1; }
 	@$(PYTHON) deploy/setup/environment.py --device $(DEVICE)
 
 demo: setup ## start a real server with the backend, ask it two things, stop it

@@ -43,9 +43,14 @@ class SetupError(Exception):
 def check_machine() -> None:
     """Raise SetupError unless this machine can build and run the environment."""
     if not OLDEST_PYTHON <= sys.version_info[:2] <= NEWEST_PYTHON:
+        here = [name for name in (f"python3.{minor}" for minor in range(11, 15)) if shutil.which(name)]
         raise SetupError(
             f"Python 3.11 to 3.14 is needed, {sys.executable} is {sys.version.split()[0]}.\n"
-            "Install one, or name it: make PYTHON=python3.11 ..."
+            + (
+                f"Name one that is here: make PYTHON={here[0]} ..."
+                if here
+                else "Install one: https://python.org/downloads"
+            )
         )
     if not sys.platform.startswith("linux"):
         raise SetupError(f"Linux is needed: vLLM {VLLM} has no build for {sys.platform}.")
