@@ -17,6 +17,9 @@ from vllm_power.kernels.merge import merge, pieces_in_use
 from vllm_power.kernels.plan import Plan
 from vllm_power.kernels.primitives import LOG2_E, NO_MAXIMUM, attend
 
+# Rows (query tokens times heads of a group) that one tile takes; longer queries are prefill's.
+MAX_ROWS = 128
+
 
 @triton.jit
 def _decode_kernel(
@@ -128,7 +131,7 @@ def decode(
 ) -> None:
     """Write the attention of ``query`` over the plan's visible pages into ``output``. Arguments as for ``prefill``.
 
-    max_query_len: the most query tokens a segment of the plan can have; times the heads of a group, at most 128.
+    max_query_len: the most query tokens a segment of the plan can have; times the heads of a group, at most ``MAX_ROWS``.
     workspace: float32 [at least ``workspace_size``], for the parts to be merged; without one it is allocated here.
     num_pieces: into how many pieces to cut the keys; by default ``tuning.decode_splits`` says.
 
@@ -138,9 +141,9 @@ def decode(
     num_tokens, num_heads, head_size = query.shape
     page_size, num_kv_heads = key_cache.shape[1:3]
     group = num_heads // num_kv_heads
-    if max_query_len * group > 128:
+    if max_query_len * group > MAX_ROWS:
         raise ValueError(
-            f"{max_query_len} query tokens of {group} heads are more than 128 rows: prefill takes them"
+            f"{max_query_len} query tokens of {group} heads are more than {MAX_ROWS} rows: prefill takes them"
         )
     settings = tuning.decode_settings(query.dtype, head_size, max_query_len * group)
     if num_pieces is None:

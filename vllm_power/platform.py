@@ -30,6 +30,23 @@ class PowerPlatform:
             refusals.check_config(vllm_config)
 
     @classmethod
+    def get_attn_backend_cls(
+        cls, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
+    ) -> str:
+        """The path of the class for one layer. A layer with a window of its own keeps it, on vLLM's own backend."""
+        if selected_backend is not None and selected_backend.name == NAME:
+            refusals.check_layer(attn_selector_config)
+            if not attn_selector_config.has_sliding_window:
+                return cls._power_backend(selected_backend, attn_selector_config, num_heads)
+            selected_backend = None
+        return super().get_attn_backend_cls(selected_backend, attn_selector_config, num_heads)  # type: ignore[misc]
+
+    @classmethod
+    def _power_backend(cls, selected_backend: Any, attn_selector_config: Any, num_heads: int | None) -> str:
+        """Where the platform honours the choice, its checks of the backend's capabilities stay in force."""
+        return super().get_attn_backend_cls(selected_backend, attn_selector_config, num_heads)  # type: ignore[misc]
+
+    @classmethod
     def update_block_size_for_backend(cls, vllm_config: "VllmConfig") -> None:
         """Called in each worker after the model was built: the first moment at which the layers are known."""
         super().update_block_size_for_backend(vllm_config)  # type: ignore[misc]
@@ -39,18 +56,11 @@ class PowerPlatform:
 
 
 class PowerCpuPlatform(PowerPlatform):
-    """In addition, on a CPU: ``get_attn_backend_cls`` honours the choice (vllm/platforms/cpu.py ignores it)."""
+    """In addition, on a CPU: ``_power_backend`` names ours (vllm/platforms/cpu.py ignores the chosen backend)."""
 
     @classmethod
-    def get_attn_backend_cls(
-        cls, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
-    ) -> str:
-        if selected_backend is not None and selected_backend.name == NAME:
-            refusals.check_layer(attn_selector_config)
-            if not attn_selector_config.has_sliding_window:
-                return CPU_BACKEND
-            selected_backend = None  # the model's own window stays: vLLM's CPU backend runs this layer
-        return super().get_attn_backend_cls(selected_backend, attn_selector_config, num_heads)  # type: ignore[misc]
+    def _power_backend(cls, selected_backend: Any, attn_selector_config: Any, num_heads: int | None) -> str:
+        return CPU_BACKEND
 
 
 def is_selected(vllm_config: "VllmConfig") -> bool:
@@ -76,7 +86,7 @@ def _report(vllm_config: "VllmConfig") -> None:
         str(pattern),
         100 * pattern.density(max_len),
         max_len,
-        sparse[0].executor_name,
+        sparse[0].executor_name(),
         len(sparse),
         len(layers),
         scope="global",

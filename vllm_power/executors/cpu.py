@@ -26,7 +26,10 @@ from vllm_power.plugin import NAME
 class PowerCpuBackend(CPUAttentionBackend):
     """PowerAttention on a CPU."""
 
-    executor_name = "cpu"
+    @classmethod
+    def executor_name(cls) -> str:
+        return "cpu"
+
 
     @staticmethod
     def get_name() -> str:

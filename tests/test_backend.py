@@ -1,0 +1,140 @@
+"""The glue for GPUs: vLLM's builder and implementation interfaces around the kernels, against the oracle."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from paged import Request, make_step
+from vllm.config import set_current_vllm_config
+from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms.interface import DeviceCapability
+from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from vllm_power.backend import PowerBackend
+from vllm_power.impl import PowerImpl
+from vllm_power.metadata import PowerMetadata, PowerMetadataBuilder
+from vllm_power.pattern import preset
+from vllm_power.plugin import NAME, register
+
+register()
+PATTERN = preset("power", block_size=32, window_blocks=2)
+PAGE_SIZE = 16
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("model")
+    model = {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "hidden_size": 256,
+        "intermediate_size": 256,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 256,
+        "max_position_embeddings": 2048,
+        "torch_dtype": "float32",
+    }
+    (directory / "config.json").write_text(json.dumps(model))
+    return EngineArgs(
+        model=str(directory),
+        skip_tokenizer_init=True,
+        attention_backend="power",
+        max_model_len=2048,
+        max_num_seqs=8,
+        max_num_batched_tokens=2048,
+        block_size=32 if DEVICE.type == "cpu" else PAGE_SIZE,
+        additional_config={"power": {"block_size": PATTERN.block_size, "window_blocks": PATTERN.window_blocks}},
+    ).create_engine_config()
+
+
+@pytest.fixture(scope="module")
+def builder(config):
+    spec = FullAttentionSpec(block_size=PAGE_SIZE, num_kv_heads=2, head_size=64, dtype=torch.float32)
+    return PowerMetadataBuilder(spec, [], config, DEVICE)
+
+
+def metadata_of(builder, step, padded_requests=0) -> PowerMetadata:
+    starts, lengths, table = step.query_start_loc, step.seq_lens, step.page_table
+    if padded_requests:
+        starts = torch.cat([starts, starts[-1:].expand(padded_requests)])
+        lengths = torch.cat([lengths, torch.full((padded_requests,), 77, dtype=torch.int32)])
+        table = torch.cat([table, torch.full((padded_requests, table.shape[1]), 99, dtype=torch.int32)])
+    new = starts.diff()
+    common = CommonAttentionMetadata(
+        query_start_loc=starts.to(DEVICE),
+        query_start_loc_cpu=starts,
+        seq_lens=lengths.to(DEVICE),
+        num_reqs=len(new),
+        num_actual_tokens=int(starts[-1]),
+        max_query_len=int(new.max()),
+        max_seq_len=2048,
+        block_table_tensor=table.to(DEVICE),
+        slot_mapping=torch.zeros(int(starts[-1]), dtype=torch.int64, device=DEVICE),
+    )
+    return builder.build(0, common)
+
+
+def attend(config, step, metadata, extra_rows=0):
+    with set_current_vllm_config(config):
+        impl = PowerImpl(4, 64, 0.125, 2, None, None, "auto")
+    # vLLM's view: [pages, kv_heads, page_size, keys then values]
+    cache = torch.cat([step.key_cache, step.value_cache], -1).transpose(1, 2).contiguous().to(DEVICE)
+    query = torch.nn.functional.pad(step.query, (0, 0, 0, 0, 0, extra_rows)).to(DEVICE)
+    output = torch.full_like(query, float("nan"))
+    impl.forward(SimpleNamespace(), query, query, query, cache, metadata, output)
+    return output.cpu()
+
+
+@pytest.mark.parametrize(
+    "requests, decodes, prefills",
+    [
+        ([Request(500, 1), Request(63, 1), Request(64, 1)], 3, 0),
+        ([Request(0, 100), Request(450, 70)], 0, 2),
+        ([Request(300, 1), Request(31, 1), Request(0, 40), Request(200, 130)], 2, 2),
+    ],
+    ids=["decode", "prefill", "mixed"],
+)
+@pytest.mark.parametrize("padded", [0, 3])
+def test_a_step_equals_the_oracle(config, builder, requests, decodes, prefills, padded):
+    step = make_step(PATTERN, requests, PAGE_SIZE, heads=4, kv_heads=2, head_size=64)
+    metadata = metadata_of(builder, step, padded)
+    assert [part.is_decode for part in metadata.parts] == [True] * (decodes > 0) + [False] * (prefills > 0)
+    output = attend(config, step, metadata, extra_rows=5)
+    torch.testing.assert_close(output[:-5].double(), step.oracle(PATTERN, 0.125), rtol=1e-4, atol=1e-5)
+    assert output[-5:].isnan().all()  # rows past the step's tokens are not ours
+
+
+def test_plans_stay_in_their_buffers(builder):
+    steps = [make_step(PATTERN, [Request(length, 1)], PAGE_SIZE, 4, 2, 64) for length in (100, 900)]
+    plans = [metadata_of(builder, step).parts[0].plan for step in steps]
+    for name in ("query_start_loc", "key_lens", "page_table"):
+        assert getattr(plans[0], name).data_ptr() == getattr(plans[1], name).data_ptr()
+
+
+def test_a_batch_that_looks_ahead_is_refused(builder):
+    with pytest.raises(NotImplementedError, match="causal"):
+        builder.build(0, SimpleNamespace(causal=False))
+
+
+def test_capabilities(config):
+    assert PowerBackend.get_name() == NAME
+    assert not PowerBackend.is_sparse() and not PowerBackend.is_mla()
+    for dtype, supported in (("fp8", True), ("fp8_e5m2", False), ("auto", True)):
+        assert PowerBackend.supports_kv_cache_dtype(dtype) is supported
+    assert PowerBackend.supports_head_size(96) and not PowerBackend.supports_head_size(72)
+    assert PowerBackend.supports_compute_capability(DeviceCapability(8, 0))
+    assert not PowerBackend.supports_compute_capability(DeviceCapability(7, 5))
+    assert PowerMetadataBuilder.get_cudagraph_support(config, None) is AttentionCGSupport.UNIFORM_BATCH
+    with set_current_vllm_config(config):
+        assert PowerBackend.get_preferred_block_size(16) == PATTERN.block_size
+    assert PowerBackend.get_preferred_block_size(16) == 128
+
+
+def test_alibi_is_refused_by_the_layer(config):
+    with set_current_vllm_config(config), pytest.raises(ValueError, match="ALiBi"):
+        PowerImpl(4, 64, 0.125, 2, [0.5] * 4, None, "auto")

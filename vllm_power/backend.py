@@ -1,0 +1,67 @@
+"""The attention backend that vLLM loads for ``--attention-backend power``: what it can do (vllm/v1/attention/backend.py)."""
+
+from typing import ClassVar
+
+import torch
+from vllm.config import get_current_vllm_config_or_none
+from vllm.config.cache import CacheDType
+from vllm.platforms.interface import DeviceCapability
+from vllm.v1.attention.backend import AttentionBackend, MultipleOf
+
+from vllm_power import options
+from vllm_power.impl import PowerImpl
+from vllm_power.metadata import PowerMetadataBuilder
+from vllm_power.plugin import NAME
+
+# The page that the kernels like best: 128 tokens hold a whole tile of keys (docs/kernels-notes.md).
+PREFERRED_PAGE = 128
+
+
+class PowerBackend(AttentionBackend):
+    """PowerAttention over vLLM's paged KV cache, on GPUs, and on a CPU with the reference executor."""
+
+    forward_includes_kv_cache_update: bool = False
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.bfloat16, torch.float16, torch.float32]
+    supported_kv_cache_dtypes: ClassVar[list[CacheDType]] = [
+        "auto",
+        "float16",
+        "bfloat16",
+        "fp8",
+        "fp8_e4m3",
+    ]
+
+    @staticmethod
+    def get_name() -> str:
+        return NAME
+
+    @staticmethod
+    def get_impl_cls() -> type[PowerImpl]:
+        return PowerImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[PowerMetadataBuilder]:
+        return PowerMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: object = None) -> list[int | MultipleOf]:
+        return [16, 32, 64, 128, 256]
+
+    @classmethod
+    def get_preferred_block_size(cls, default_block_size: int) -> int:
+        config = get_current_vllm_config_or_none()
+        if config is None:
+            return PREFERRED_PAGE
+        return min(PREFERRED_PAGE, options.of_config(config).effective_pattern.block_size)
+
+    @classmethod
+    def get_supported_head_sizes(cls) -> list[int]:
+        return [64, 80, 96, 128, 192, 256]
+
+    @classmethod
+    def supports_compute_capability(cls, capability: DeviceCapability) -> bool:
+        return capability >= DeviceCapability(8, 0)
+
+    @classmethod
+    def executor_name(cls) -> str:
+        """What runs the plan, for the start-up line."""
+        return "triton"

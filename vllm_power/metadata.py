@@ -1,0 +1,87 @@
+"""The step's plan, in vLLM's metadata builder: made once a step, used by every layer.
+
+A batch has up to two parts: requests that decode (one new token each, or a few drafts), which lead it, and requests
+that prefill. Each gets a plan in buffers of its own, which stay where they are, so that CUDA graphs stay valid; no
+length is read back from the device.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from vllm.config import VllmConfig
+from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder, CommonAttentionMetadata
+from vllm.v1.attention.backends.utils import get_num_attention_heads_from_layers, split_decodes_and_prefills
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
+
+from vllm_power import options
+from vllm_power.executors import Part
+from vllm_power.kernels import decode
+from vllm_power.kernels.plan import VisibleBlocks
+from vllm_power.kernels.plan_gpu import PlanBuilder
+
+
+@dataclass
+class PowerMetadata:
+    """A step: its parts, and how many of its tokens are real (or padding that a CUDA graph brought)."""
+
+    num_actual_tokens: int
+    parts: tuple[Part, ...]
+
+
+class PowerMetadataBuilder(AttentionMetadataBuilder[PowerMetadata]):
+    """Builds plans on the GPU (vllm/v1/attention/backend.py, AttentionMetadataBuilder)."""
+
+    def __init__(
+        self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+        model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
+        num_heads = get_num_attention_heads_from_layers(
+            vllm_config, layer_names
+        ) or model.get_num_attention_heads(vllm_config.parallel_config)
+        group = num_heads // kv_cache_spec.num_kv_heads
+        self.decode_len = max(1, min(self.reorder_batch_threshold or 1, decode.MAX_ROWS // group))
+        pattern = options.of_config(vllm_config).effective_pattern
+        visible = VisibleBlocks.of(pattern, model.max_model_len, device)
+        self.block_size = pattern.block_size
+        page_size = kv_cache_spec.block_size
+        requests, tokens = scheduler.max_num_seqs, scheduler.max_num_batched_tokens
+        self.decodes = PlanBuilder(visible, page_size, requests, requests * self.decode_len)
+        self.prefills = PlanBuilder(visible, page_size, requests, tokens)
+        self.workspace = torch.empty(
+            decode.workspace_size(num_heads, kv_cache_spec.num_kv_heads, kv_cache_spec.head_size, self.decode_len, device),
+            dtype=torch.float32,
+            device=device,
+        )
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec) -> AttentionCGSupport:
+        return AttentionCGSupport.UNIFORM_BATCH
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> PowerMetadata:
+        step = common_attn_metadata
+        if step.causal is not True:
+            raise NotImplementedError("PowerAttention is causal: this batch asks for attention to later tokens")
+        num_decodes, num_prefills, decode_tokens, prefill_tokens = split_decodes_and_prefills(step, self.decode_len)
+        parts = []
+        if num_decodes:
+            parts.append(self._part(self.decodes, step, slice(0, num_decodes), decode_tokens, True))
+        if num_prefills:
+            parts.append(self._part(self.prefills, step, slice(num_decodes, step.num_reqs), prefill_tokens, False))
+        return PowerMetadata(step.num_actual_tokens, tuple(parts))
+
+    def _part(
+        self, builder: PlanBuilder, step: CommonAttentionMetadata, rows: slice, num_tokens: int, is_decode: bool
+    ) -> Part:
+        max_query_len = min(step.max_query_len, self.decode_len) if is_decode else step.max_query_len
+        plan = builder.build(
+            step.query_start_loc[rows.start : rows.stop + 1],
+            step.seq_lens[rows],
+            step.block_table_tensor[rows],
+            num_tokens,
+            max_query_len,
+        )
+        return Part(plan, min(max_query_len, self.block_size), is_decode, self.workspace)
