@@ -8,6 +8,8 @@ import pytest
 
 pytest.importorskip("vllm", reason="these tests start real vLLM engines")
 
+pytest.register_assert_rewrite("tolerance")
+
 from engine_worker import Worker
 
 from vllm_power.demo.model import make_model
@@ -27,6 +29,20 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
     worker = Worker(tmp_path_factory.mktemp("engine") / "log")
     yield worker
     worker.close()
+
+
+@pytest.fixture
+def another_worker(tmp_path: Path) -> Iterator[Callable[..., Worker]]:
+    """``another_worker(**environment)``: an engine process for one test, for what must not share or be shared."""
+    workers: list[Worker] = []
+
+    def start(**environment: str) -> Worker:
+        workers.append(Worker(tmp_path / f"log{len(workers)}", environment))
+        return workers[-1]
+
+    yield start
+    for worker in workers:
+        worker.close()
 
 
 @pytest.fixture(scope="session")

@@ -30,11 +30,11 @@ SETTINGS: dict[str, Any] = {
 class Worker:
     """``start`` an engine, then ``call`` functions of (llm, *arguments) on it. Functions must be at module level."""
 
-    def __init__(self, log: Path) -> None:
+    def __init__(self, log: Path, environment: dict[str, str] | None = None) -> None:
         self.log = log
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, str(log)))
+        self._process = context.Process(target=_serve, args=(theirs, str(log), environment or {}))
         self._process.start()
         theirs.close()
         self._running: tuple[Any, ...] | None = None
@@ -77,12 +77,12 @@ class Worker:
         return self.log.read_text(errors="replace")[-3000:]
 
 
-def _serve(pipe: Connection, log: str) -> None:
+def _serve(pipe: Connection, log: str, environment: dict[str, str]) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     sys.stdout.reconfigure(line_buffering=True)
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", **environment}
     engine: list[Any] = []
     while True:
         try:

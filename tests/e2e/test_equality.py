@@ -7,21 +7,17 @@ the same. The same comparison against dense attention fails clearly, so the test
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import generation
 import pytest
 import torch
-import transformers_truth
 from engine_worker import Worker
 from prompts import random_tokens
+from tolerance import Allowed, rms, truth
 
-from vllm_power.pattern import POWER, Pattern, preset
+from vllm_power.pattern import POWER, preset
 
-# The engine's error over transformers' error in the same dtype. vLLM's kernels round at other places; in float32 they
-# also approximate the exponential (measured: 0.9 to 1.1 in bfloat16, 1.3 to 2.1 in float32).
-WORSE_AT_MOST = {"bfloat16": 1.5, "float32": 3.0}
 # A wrong mask must be farther from the truth than the engine may be, by this factor.
 CLEARLY = {"bfloat16": 2.0, "float32": 1000.0}
 
@@ -69,44 +65,6 @@ def model(case: Case, small_model: Callable[..., Path]) -> Path:
         num_kv_heads=case.kv_heads,
         head_size=case.head_size,
     )
-
-
-@cache
-def answer(model: Path, dtype: str, tokens: tuple[int, ...], pattern: Pattern) -> transformers_truth.Answer:
-    return transformers_truth.load(model, getattr(torch, dtype)).answer(list(tokens), pattern)
-
-
-def rms(error: torch.Tensor) -> float:
-    return error.square().mean().sqrt().item()
-
-
-@dataclass(frozen=True)
-class Allowed:
-    """How far from the truth an engine's log-probabilities may be: on average and at worst."""
-
-    rms: float
-    worst: float
-
-    @classmethod
-    def by(cls, model: Path, dtype: str, tokens: list[int], pattern: Pattern) -> "Allowed":
-        """From transformers' own error in ``dtype`` on ``tokens``."""
-        error = (
-            answer(model, dtype, tuple(tokens), pattern).logprobs - truth(model, tokens, pattern).logprobs
-        ).abs()
-        return cls(WORSE_AT_MOST[dtype] * rms(error), 2 * WORSE_AT_MOST[dtype] * error.max().item())
-
-    def check(self, logprobs: list[float], expected: torch.Tensor) -> None:
-        error = torch.tensor(logprobs, dtype=torch.float64) - expected
-        assert error.isfinite().all()
-        print(
-            f"error {rms(error):.1e} of {self.rms:.1e}, worst {error.abs().max().item():.1e} of {self.worst:.1e}"
-        )
-        assert rms(error) <= self.rms
-        assert error.abs().max().item() <= self.worst
-
-
-def truth(model: Path, tokens: list[int], pattern: Pattern) -> transformers_truth.Answer:
-    return answer(model, "float64", tuple(tokens), pattern)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

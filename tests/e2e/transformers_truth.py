@@ -6,9 +6,11 @@ In float64 it is the truth; in the engine's own dtype it shows what error that d
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from vllm_power.kernels.reference import visibility_mask
 
 from vllm_power.pattern import Pattern
@@ -27,12 +29,11 @@ class Answer:
 
 
 class Transformers:
-    """One model in one dtype."""
+    """One model in one dtype. kv_cache "fp8" keeps keys and values as vLLM's fp8 cache does."""
 
-    def __init__(self, model: Path, dtype: torch.dtype) -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(
-            model, dtype=dtype, attn_implementation="sdpa"
-        ).eval()
+    def __init__(self, model: Path, dtype: torch.dtype, kv_cache: str = "auto") -> None:
+        attention = {"auto": "sdpa", "fp8": "sdpa_over_fp8"}[kv_cache]
+        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation=attention).eval()
         self.dtype = dtype
         if dtype == torch.float64:
             for module in self.model.modules():
@@ -72,6 +73,22 @@ def _normalise_in_float64(norm: torch.nn.Module) -> None:
     norm.forward = lambda x: x * (x.square().mean(-1, keepdim=True) + epsilon).rsqrt() * gain
 
 
+def _sdpa_over_fp8(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any, **named: Any
+) -> Any:
+    return sdpa_attention_forward(module, query, _through_fp8(key), _through_fp8(value), *rest, **named)
+
+
+def _through_fp8(states: torch.Tensor) -> torch.Tensor:
+    """Cut to 3 bits of fraction, toward zero, as vLLM's CPU kernel writes its e4m3 cache (torch's cast rounds)."""
+    _, exponent = torch.frexp(states)
+    step = torch.exp2((exponent.clamp(min=-5) - 4).to(states.dtype))
+    return (torch.trunc(states / step) * step).clamp(-448, 448)
+
+
+AttentionInterface.register("sdpa_over_fp8", _sdpa_over_fp8)
+
+
 @lru_cache(maxsize=3)
-def load(model: Path, dtype: torch.dtype) -> Transformers:
-    return Transformers(model, dtype)
+def load(model: Path, dtype: torch.dtype, kv_cache: str) -> Transformers:
+    return Transformers(model, dtype, kv_cache)

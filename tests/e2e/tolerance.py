@@ -1,0 +1,52 @@
+"""How far from the truth an engine may be: as far as transformers is in the same dtype, and a little more."""
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from transformers_truth import Answer, load
+
+from vllm_power.pattern import POWER, Pattern
+
+# The engine's error over transformers' error in the same dtype. vLLM's kernels round at other places; in float32 they
+# also approximate the exponential (measured: 0.9 to 1.1 in bfloat16, 1.3 to 2.1 in float32).
+WORSE_AT_MOST = {"bfloat16": 1.5, "float32": 3.0}
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """How far from the truth an engine's log-probabilities may be: on average and at worst."""
+
+    rms: float
+    worst: float
+
+    @classmethod
+    def by(
+        cls, model: Path, dtype: str, tokens: list[int], pattern: Pattern = POWER, kv_cache: str = "auto"
+    ) -> "Allowed":
+        """From transformers' own error in ``dtype`` on ``tokens``."""
+        correct = truth(model, tokens, pattern, kv_cache).logprobs
+        error = _answer(model, dtype, tuple(tokens), pattern, kv_cache).logprobs - correct
+        return cls(WORSE_AT_MOST[dtype] * rms(error), 2 * WORSE_AT_MOST[dtype] * error.abs().max().item())
+
+    def check(self, logprobs: list[float] | torch.Tensor, expected: torch.Tensor) -> None:
+        error = torch.as_tensor(logprobs, dtype=torch.float64) - expected
+        assert error.isfinite().all()
+        worst = error.abs().max().item()
+        print(f"error {rms(error):.1e} of {self.rms:.1e}, worst {worst:.1e} of {self.worst:.1e}")
+        assert rms(error) <= self.rms
+        assert worst <= self.worst
+
+
+def truth(model: Path, tokens: list[int], pattern: Pattern = POWER, kv_cache: str = "auto") -> Answer:
+    return _answer(model, "float64", tuple(tokens), pattern, kv_cache)
+
+
+def rms(error: torch.Tensor) -> float:
+    return error.square().mean().sqrt().item()
+
+
+@cache
+def _answer(model: Path, dtype: str, tokens: tuple[int, ...], pattern: Pattern, kv_cache: str) -> Answer:
+    return load(model, getattr(torch, dtype), kv_cache).answer(list(tokens), pattern)
