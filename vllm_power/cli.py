@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 app = typer.Typer(help="PowerAttention for vLLM: tools around the attention backend.", no_args_is_help=True)
-bench = typer.Typer(help="Measure, and compare with dense attention.", no_args_is_help=True)
+bench = typer.Typer(no_args_is_help=True)
 app.add_typer(bench, name="bench")
 
 # The command hands everything after its name, --help included, to a program with its own arguments.
@@ -40,12 +40,19 @@ def demo_command(
     raise typer.Exit(run(model=model, cache=cache, backend=backend, long_tokens=long_tokens))
 
 
-@bench.command("cpu", context_settings=HANDED_ON)
-def bench_cpu_command(context: typer.Context) -> None:
-    """The CPU executor against vLLM's dense CPU attention."""
+@bench.callback()
+def bench_callback() -> None:
+    """Measure, and compare with dense attention."""
+
+
+@bench.command("cpu")
+def bench_cpu_command(
+    seconds: Annotated[float, typer.Option(min=0.1, help="Time for each case.")] = 4.0,
+) -> None:
+    """The CPU executor against vLLM's dense CPU attention; fails where a case misses its goal."""
     from vllm_power.bench.cpu import main
 
-    main(context.args)
+    raise typer.Exit(main(seconds))
 
 
 @app.command("version")

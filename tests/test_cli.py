@@ -1,0 +1,52 @@
+"""The command line `vllm-power`: every command can be reached, and none costs an import before it runs."""
+
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from vllm_power.cli import app
+
+runner = CliRunner()
+
+
+@pytest.mark.parametrize(
+    "words, shown",
+    [
+        (["--help"], "bench"),
+        (["pattern", "--help"], "--window-blocks"),
+        (["pattern", "power", "--tokens", "4096"], "7 blocks"),
+        (["demo", "--help"], "--long-tokens"),
+        (["bench", "--help"], "cpu"),
+        (["bench", "cpu", "--help"], "--seconds"),
+        (["version"], "vllm-power 0."),
+    ],
+    ids=" ".join,
+)
+def test_commands(words, shown):
+    program = [sys.executable, "-c", "from vllm_power.cli import main; main()"]
+    done = subprocess.run([*program, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert shown in done.stdout
+
+
+def test_unknown_command_fails():
+    assert runner.invoke(app, ["nonsense"]).exit_code != 0
+
+
+def test_the_exit_status_is_that_of_the_benchmark(monkeypatch):
+    import vllm_power.bench.cpu as cpu
+
+    seen = []
+    monkeypatch.setattr(cpu, "main", lambda seconds: seen.append(seconds) or 1)
+    assert runner.invoke(app, ["bench", "cpu", "--seconds", "2"]).exit_code == 1
+    assert seen == [2.0]
+
+
+def test_help_loads_nothing_heavy():
+    code = "import sys; from vllm_power.cli import app; from typer.testing import CliRunner; "
+    code += "assert CliRunner().invoke(app, ['--help']).exit_code == 0; "
+    code += "print(*{'torch', 'vllm', 'transformers', 'openai', 'numpy'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
