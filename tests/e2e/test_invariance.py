@@ -12,7 +12,7 @@ import pytest
 import torch
 from engine_worker import Worker
 from prompts import random_tokens
-from tolerance import Allowed, rms, truth
+from tolerance import Allowed, truth
 
 STEPS = 24
 PROMPTS = [random_tokens(length) for length in (2600, 300, 1780, 1, 2040, 700, 1525)]
@@ -44,7 +44,9 @@ def check_same(
     for result, reference in zip(results, expected, strict=True):
         allowed.check(result.logprobs, torch.tensor(reference.logprobs, dtype=torch.float64))
         if result.prompt_logprobs:
-            allowed.check(result.prompt_logprobs, torch.tensor(reference.prompt_logprobs, dtype=torch.float64))
+            allowed.check(
+                result.prompt_logprobs, torch.tensor(reference.prompt_logprobs, dtype=torch.float64)
+            )
 
 
 def test_batched_equals_alone(
@@ -99,7 +101,9 @@ def test_preemption(model: Path, worker: Worker, allowed: Allowed) -> None:
     alone = [worker.call(generation.greedy, [prompt], STEPS, False)[0] for prompt in prompts]
 
     # 14 pages each hold 1,792 tokens; one page is vLLM's own, so the last request to need its 15th finds none.
-    worker.start(model, enable_prefix_caching=False, max_model_len=2048, num_gpu_blocks_override=1 + 3 * 15 - 1)
+    worker.start(
+        model, enable_prefix_caching=False, max_model_len=2048, num_gpu_blocks_override=1 + 3 * 15 - 1
+    )
     before = worker.call(generation.metrics)["vllm:num_preemptions"]
     results = worker.call(generation.greedy, prompts, STEPS, False)
     assert worker.call(generation.metrics)["vllm:num_preemptions"] > before
@@ -111,6 +115,7 @@ def test_tensor_parallel(
 ) -> None:
     worker = another_worker(VLLM_CPU_OMP_THREADS_BIND="nobind", OMP_NUM_THREADS="1")
     worker.start(model, tensor_parallel_size=2)
+    assert "world_size=2" in worker.log.read_text()
     check_same(worker.call(generation.greedy, PROMPTS, STEPS), expected, allowed)
 
 

@@ -33,7 +33,9 @@ class Transformers:
 
     def __init__(self, model: Path, dtype: torch.dtype, kv_cache: str = "auto") -> None:
         attention = {"auto": "sdpa", "fp8": "sdpa_over_fp8"}[kv_cache]
-        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation=attention).eval()
+        self.model = AutoModelForCausalLM.from_pretrained(
+            model, dtype=dtype, attn_implementation=attention
+        ).eval()
         self.dtype = dtype
         if dtype == torch.float64:
             for module in self.model.modules():
@@ -74,7 +76,12 @@ def _normalise_in_float64(norm: torch.nn.Module) -> None:
 
 
 def _sdpa_over_fp8(
-    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any, **named: Any
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *rest: Any,
+    **named: Any,
 ) -> Any:
     return sdpa_attention_forward(module, query, _through_fp8(key), _through_fp8(value), *rest, **named)
 
