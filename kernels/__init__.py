@@ -1,1 +1,1 @@
-"""Attention over a rewritten block table: the plan, the kernels and their oracle. Knows torch and Triton, never vLLM."""
+"""Attention over a rewritten block table: plan, kernels and oracle. Knows torch and Triton, never vLLM."""

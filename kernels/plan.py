@@ -1,11 +1,11 @@
 """The plan: sparse attention as dense attention over a rewritten block table.
 
-A paged cache reaches keys through a table of pages. The new tokens of one request that lie in one query block all see
-the same key blocks: the earlier ones whole, their own block causally. So they are one ordinary causal attention problem
-whose keys are the visible blocks, in order, their own block last. Such a run of tokens is a **segment**; the plan lists a
-step's segments with a compact table of the visible pages of each. It is made once a step and serves every layer and
-every kernel that knows causal, paged, variable-length attention. Keys carry their rotary positions already, so leaving
-some out changes nothing else.
+A paged cache reaches keys through a table of pages. The new tokens of one request that lie in one query block all
+see the same key blocks: the earlier ones whole, their own block causally. So they are one ordinary causal attention
+problem whose keys are the visible blocks, in order, their own block last. Such a run of tokens is a **segment**; the
+plan lists a step's segments with a compact table of the visible pages of each. It is made once a step and serves every
+layer and every kernel that knows causal, paged, variable-length attention. Keys carry their rotary positions already,
+so leaving some out changes nothing else.
 
 Leading query blocks that see everything before them (``Pattern.dense_blocks``; 1,536 tokens by default) need no cut:
 with ``merge_dense`` they form one segment.
@@ -90,7 +90,9 @@ def build_plan(
 
     # [S]: the request of each segment, and its number within the request
     request = torch.repeat_interleave(segments_of)
-    number = torch.arange(request.shape[0], device=request.device) - (segments_of.cumsum(0) - segments_of)[request]
+    number = (
+        torch.arange(request.shape[0], device=request.device) - (segments_of.cumsum(0) - segments_of)[request]
+    )
     block = first_block[request] + number
     block_start = block * block_size
     first_new = first_position[request]

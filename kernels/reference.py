@@ -1,4 +1,7 @@
-"""The oracle: attention under Algorithm 1 as an explicit mask, in float32 or float64. Slow, simple, never imported by a kernel."""
+"""The oracle: attention under Algorithm 1 as an explicit mask, in float32 or float64.
+
+Slow and simple; no kernel imports it.
+"""
 
 import torch
 

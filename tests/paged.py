@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 import torch
-
 from vllm_power.kernels.reference import attention, visibility_mask
+
 from vllm_power.pattern import Pattern
 
 NAN = float("nan")
@@ -43,7 +43,9 @@ class Step:
     def oracle(self, pattern: Pattern, scale: float, soft_cap: float = 0.0) -> torch.Tensor:
         """[T, H, D] in float64, each request by itself through the mask of the definition."""
         outputs = []
-        for request, start, key, value in zip(self.requests, self.query_start_loc, self.keys, self.values, strict=False):
+        for request, start, key, value in zip(
+            self.requests, self.query_start_loc, self.keys, self.values, strict=False
+        ):
             if not request.new:
                 continue
             positions = torch.arange(request.computed, request.length)
@@ -86,7 +88,9 @@ def make_step(
         keys.append(pair[0])
         values.append(pair[1])
         first, last = request.computed // pattern.block_size, (request.length - 1) // pattern.block_size
-        visible = {k for q in range(first, last + 1) for k in pattern.visible_blocks(q)} if request.new else set()
+        visible = (
+            {k for q in range(first, last + 1) for k in pattern.visible_blocks(q)} if request.new else set()
+        )
         for position in range(0, request.length, page_size):
             if position // pattern.block_size in visible:
                 page = own[position // page_size]

@@ -48,7 +48,9 @@ def config(tmp_path_factory):
         max_num_seqs=8,
         max_num_batched_tokens=2048,
         block_size=32 if DEVICE.type == "cpu" else PAGE_SIZE,
-        additional_config={"power": {"block_size": PATTERN.block_size, "window_blocks": PATTERN.window_blocks}},
+        additional_config={
+            "power": {"block_size": PATTERN.block_size, "window_blocks": PATTERN.window_blocks}
+        },
     ).create_engine_config()
 
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from paged import Request, Step, make_step
-
 from vllm_power.kernels.plan import VisibleBlocks, build_plan
 from vllm_power.kernels.reference import attention
+
 from vllm_power.pattern import POWER, Pattern, preset
 
 ops = pytest.importorskip("vllm._custom_ops")
@@ -67,17 +67,28 @@ def low_precision_error(step: Step, exact: torch.Tensor, scale: float, soft_cap:
     from vllm_power.kernels.reference import visibility_mask
 
     outputs = []
-    for request, start, key, value in zip(step.requests, step.query_start_loc, step.keys, step.values, strict=False):
+    for request, start, key, value in zip(
+        step.requests, step.query_start_loc, step.keys, step.values, strict=False
+    ):
         mask = visibility_mask(POWER, torch.arange(request.computed, request.length), request.length)
         query = step.query[start : start + request.new]
         outputs.append(attention(query, key, value, mask, scale, soft_cap))
     return (torch.cat(outputs).double() - exact).abs().max().item()
 
 
-MIXED = [Request(0, 700), Request(3000, 1), Request(2040, 20), Request(1790, 300), Request(4095, 1), Request(0, 1)]
+MIXED = [
+    Request(0, 700),
+    Request(3000, 1),
+    Request(2040, 20),
+    Request(1790, 300),
+    Request(4095, 1),
+    Request(0, 1),
+]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"]
+)
 @pytest.mark.parametrize("page_size", [32, 128, 256])
 @pytest.mark.parametrize("soft_cap", [0.0, 5.0], ids=["plain", "soft_cap"])
 def test_mixed_step_equals_the_oracle(dtype, page_size, soft_cap):

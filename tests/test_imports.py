@@ -8,7 +8,11 @@ import pytest
 
 def modules_after(statement: str) -> set[str]:
     code = f"import sys; {statement}; print(*sorted({{name.split('.')[0] for name in sys.modules}}))"
-    return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+    return set(
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.split()
+    )
 
 
 @pytest.mark.parametrize(
@@ -27,21 +31,34 @@ def test_a_package_does_not_import_what_is_above_it(statement, absent):
 
 
 def test_kernels_never_import_vllm():
-    code = "import pkgutil, importlib, vllm_power.kernels as k; [importlib.import_module(m.name) for m in pkgutil.walk_packages(k.__path__, k.__name__ + '.')]"
+    code = (
+        "import pkgutil, importlib, vllm_power.kernels as k;"
+        "[importlib.import_module(m.name) for m in pkgutil.walk_packages(k.__path__, k.__name__ + '.')]"
+    )
     assert "vllm" not in modules_after(code)
 
 
 def test_the_engines_path_imports_no_tool():
     code = "import vllm_power.plugin as p; p.register(); import vllm_power.executors.cpu"
     run = subprocess.run(
-        [sys.executable, "-c", f"import sys; {code}; print(*sorted(m for m in sys.modules if m.startswith('vllm_power.')))"],
+        [
+            sys.executable,
+            "-c",
+            f"import sys; {code}; print(*sorted(m for m in sys.modules if m.startswith('vllm_power.')))",
+        ],
         capture_output=True,
         text=True,
         check=True,
     )
     loaded = set(run.stdout.splitlines()[-1].split())
     assert "vllm_power.executors.cpu" in loaded
-    rooms = ("vllm_power.bench", "vllm_power.demo", "vllm_power.cli", "vllm_power.evals", "vllm_power.training")
+    rooms = (
+        "vllm_power.bench",
+        "vllm_power.demo",
+        "vllm_power.cli",
+        "vllm_power.evals",
+        "vllm_power.training",
+    )
     assert not {module for module in loaded if module.startswith(rooms)}
 
 

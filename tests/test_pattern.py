@@ -28,7 +28,9 @@ def algorithm_1(q_token: int, k_token: int, block: int, window: int) -> bool:
 def test_power_is_algorithm_1(window):
     block = 16
     pattern = preset("power", block_size=block, window_blocks=window)
-    for q in range(block - 1, 80 * block, block):  # the last token of a block, where causality cuts nothing off
+    for q in range(
+        block - 1, 80 * block, block
+    ):  # the last token of a block, where causality cuts nothing off
         for k in range(0, q + 1, block):
             assert pattern.sees(q // block, k // block) == algorithm_1(q, k, block, window)
 
@@ -40,8 +42,8 @@ def test_power_is_algorithm_1(window):
         ("sliding_window", 40, [0, *range(32, 41)]),
         ("stride_slash", 40, [0, 8, *range(35, 41)]),
         ("dilated", 40, list(range(22, 41, 2))),
-        # 40 lies in segments of 8, 16, 32, 64 and 128 blocks that start at 40, 32, 32, 0 and 0; their steps are 1, 2, 4, 8
-        # and 16, and it stands on the first four of these.
+        # 40 lies in segments of 8, 16, 32, 64 and 128 blocks that start at 40, 32, 32, 0 and 0; their steps are
+        # 1, 2, 4, 8 and 16, and it stands on the first four of these.
         ("longnet", 40, [0, 8, 16, 24, 32, 34, 36, 38, 40]),
         ("full", 40, list(range(41))),
     ],
@@ -91,7 +93,9 @@ def test_every_token_is_reached_within_log2_layers(window):
 def test_the_others_leave_holes_or_need_many_layers():
     last = 127
     assert max(preset("sliding_window", sink_blocks=0).hops(last)) == math.ceil(last / 8)
-    assert all(hop is None for distance, hop in enumerate(reversed(preset("dilated").hops(last))) if distance % 2)
+    assert all(
+        hop is None for distance, hop in enumerate(reversed(preset("dilated").hops(last))) if distance % 2
+    )
     assert None in preset("longnet").hops(200)
 
 
@@ -146,7 +150,15 @@ def test_receptive_field_is_the_pattern_applied_layer_by_layer(pattern, q, layer
 
 
 @pytest.mark.parametrize(
-    "fields", [{"name": "powr"}, {"block_size": 100}, {"block_size": 8}, {"window_blocks": 0}, {"sink_blocks": -1}, {"stride": 0}]
+    "fields",
+    [
+        {"name": "powr"},
+        {"block_size": 100},
+        {"block_size": 8},
+        {"window_blocks": 0},
+        {"sink_blocks": -1},
+        {"stride": 0},
+    ],
 )
 def test_out_of_range_is_refused(fields):
     with pytest.raises(ValueError, match=next(iter(fields)).replace("name", "unknown pattern")):

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from paged import Request, Step, make_step
-
 from vllm_power.kernels.plan import Plan, VisibleBlocks, build_plan
 from vllm_power.kernels.reference import attention
+
 from vllm_power.pattern import NAMES, POWER, Pattern, preset
 
 
@@ -21,7 +21,9 @@ def dense_over_plan(step: Step, plan: Plan, scale: float) -> torch.Tensor:
         start, end = plan.query_start_loc[segment : segment + 2].tolist()
         keys = int(plan.key_lens[segment])
         pages = plan.page_table[segment, : -(-keys // page_size)].long()
-        key, value = (cache[pages].flatten(0, 1)[:keys].double() for cache in (step.key_cache, step.value_cache))
+        key, value = (
+            cache[pages].flatten(0, 1)[:keys].double() for cache in (step.key_cache, step.value_cache)
+        )
         queries = end - start
         mask = torch.arange(keys) <= torch.arange(keys - queries, keys)[:, None]
         output[start:end] = attention(step.query[start:end].double(), key, value, mask, scale)
@@ -44,11 +46,15 @@ def steps(draw) -> tuple[Step, Pattern]:
     """Random steps: patterns, page sizes, lengths around every boundary, padded requests between the real ones."""
     name = draw(st.sampled_from(NAMES))
     block = draw(st.sampled_from([32, 64, 256]))
-    pattern = preset(name, block_size=block, **({"window_blocks": draw(st.integers(1, 6))} if name == "power" else {}))
+    pattern = preset(
+        name, block_size=block, **({"window_blocks": draw(st.integers(1, 6))} if name == "power" else {})
+    )
     page_size = draw(st.sampled_from([size for size in (16, 32, 64, 128, 256) if block % size == 0]))
     near = st.builds(lambda blocks, off: max(0, blocks * block + off), st.integers(0, 12), st.integers(-2, 2))
     lengths = st.one_of(near, st.integers(0, 12 * block))
-    new = st.one_of(st.just(1), st.integers(1, 8), near.map(lambda n: n % (4 * block)), st.integers(0, 3 * block))
+    new = st.one_of(
+        st.just(1), st.integers(1, 8), near.map(lambda n: n % (4 * block)), st.integers(0, 3 * block)
+    )
     requests = draw(st.lists(st.builds(Request, lengths, new), min_size=1, max_size=4))
     requests = [request if request.new else Request(0, 0) for request in requests]
     if not any(request.new for request in requests):
@@ -92,7 +98,9 @@ def test_merging_leaves_a_short_prompt_whole():
 
 
 def test_full_pattern_is_the_request_itself():
-    plan = check(make_step(preset("full"), [Request(0, 2000), Request(900, 3)], 64, 2, 1, 8), preset("full"), True)
+    plan = check(
+        make_step(preset("full"), [Request(0, 2000), Request(900, 3)], 64, 2, 1, 8), preset("full"), True
+    )
     assert plan.query_start_loc.tolist() == [0, 2000, 2003]
     assert plan.key_lens.tolist() == [2000, 903]
 
@@ -126,7 +134,7 @@ def test_page_must_divide_the_block():
     ids=["64_decodes", "chunk_of_8192"],
 )
 def test_building_is_quick(requests, limit_ms):
-    """The bound of the design, on the page size that vLLM's CPU platform uses. Best of many: a shared core may stall."""
+    """On the page size that vLLM's CPU platform uses. The best of many runs: a shared core may stall."""
     visible = VisibleBlocks.of(POWER, 131_072)
     starts = torch.tensor([0, *(request.new for request in requests)]).cumsum(0).int()
     lengths = torch.tensor([request.length for request in requests]).int()

@@ -1,8 +1,8 @@
 """The oracle itself: against torch's own attention, and against a mask written down by hand."""
 
 import torch
-
 from vllm_power.kernels.reference import attention, visibility_mask
+
 from vllm_power.pattern import preset
 
 
@@ -20,7 +20,10 @@ def test_agrees_with_torch_on_a_causal_mask():
     query, key, value = (torch.randn(50, heads, 32, dtype=torch.float64) for heads in (6, 2, 2))
     mask = visibility_mask(preset("full", block_size=16), torch.arange(50), 50)
     expected = torch.nn.functional.scaled_dot_product_attention(
-        *(x.transpose(0, 1)[None] for x in (query, key.repeat_interleave(3, 1), value.repeat_interleave(3, 1))),
+        *(
+            x.transpose(0, 1)[None]
+            for x in (query, key.repeat_interleave(3, 1), value.repeat_interleave(3, 1))
+        ),
         is_causal=True,
         scale=0.3,
     )[0].transpose(0, 1)

@@ -1,4 +1,4 @@
-"""The attention backend that vLLM loads for ``--attention-backend power``: what it can do (vllm/v1/attention/backend.py)."""
+"""The attention backend that vLLM loads for ``--attention-backend power``: what it can do."""
 
 from typing import ClassVar
 
@@ -18,7 +18,7 @@ PREFERRED_PAGE = 128
 
 
 class PowerBackend(AttentionBackend):
-    """PowerAttention over vLLM's paged KV cache, on GPUs, and on a CPU with the reference executor."""
+    """PowerAttention over vLLM's paged KV cache on GPUs (vllm/v1/attention/backend.py, AttentionBackend)."""
 
     forward_includes_kv_cache_update: bool = False
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.bfloat16, torch.float16, torch.float32]

@@ -1,6 +1,7 @@
 """Work-arounds for vLLM 0.32 and 0.33, each with its reason, its symptom and when it can go."""
 
 import copyreg
+from typing import Any
 
 from vllm_power.plugin import NAME
 
@@ -18,13 +19,13 @@ def make_backend_picklable() -> None:
     copyreg.pickle(AttentionBackendEnum, _reduce_backend)
 
 
-def _reduce_backend(member):
+def _reduce_backend(member: Any) -> tuple[Any, tuple[Any, ...]]:
     if member.name == NAME:
         return _restore_backend, ()
     return type(member), (member.value,)
 
 
-def _restore_backend():
+def _restore_backend() -> Any:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     from vllm_power.plugin import register

@@ -90,7 +90,9 @@ class PowerImpl(AttentionImpl[PowerMetadata]):
 
         key_cache, value_cache = self._views(kv_cache)
         scales: tuple[Any, Any] = (layer._k_scale, layer._v_scale)
-        reshape_and_cache_flash(key, value, key_cache, value_cache, slot_mapping, self.kv_cache_dtype, *scales)
+        reshape_and_cache_flash(
+            key, value, key_cache, value_cache, slot_mapping, self.kv_cache_dtype, *scales
+        )
 
     def _views(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[pages, page_size, kv_heads, head_size] each: the layout that the kernels take, without a copy."""

@@ -32,7 +32,11 @@ class PowerMetadataBuilder(AttentionMetadataBuilder[PowerMetadata]):
     """Builds plans on the GPU (vllm/v1/attention/backend.py, AttentionMetadataBuilder)."""
 
     def __init__(
-        self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
@@ -50,7 +54,9 @@ class PowerMetadataBuilder(AttentionMetadataBuilder[PowerMetadata]):
         self.decodes = PlanBuilder(visible, page_size, requests, requests * self.decode_len)
         self.prefills = PlanBuilder(visible, page_size, requests, tokens)
         self.workspace = torch.empty(
-            decode.workspace_size(num_heads, kv_cache_spec.num_kv_heads, kv_cache_spec.head_size, self.decode_len, device),
+            decode.workspace_size(
+                num_heads, kv_cache_spec.num_kv_heads, kv_cache_spec.head_size, self.decode_len, device
+            ),
             dtype=torch.float32,
             device=device,
         )
@@ -64,17 +70,28 @@ class PowerMetadataBuilder(AttentionMetadataBuilder[PowerMetadata]):
     ) -> PowerMetadata:
         step = common_attn_metadata
         if step.causal is not True:
-            raise NotImplementedError("PowerAttention is causal: this batch asks for attention to later tokens")
-        num_decodes, num_prefills, decode_tokens, prefill_tokens = split_decodes_and_prefills(step, self.decode_len)
+            raise NotImplementedError(
+                "PowerAttention is causal: this batch asks for attention to later tokens"
+            )
+        num_decodes, num_prefills, decode_tokens, prefill_tokens = split_decodes_and_prefills(
+            step, self.decode_len
+        )
         parts = []
         if num_decodes:
             parts.append(self._part(self.decodes, step, slice(0, num_decodes), decode_tokens, True))
         if num_prefills:
-            parts.append(self._part(self.prefills, step, slice(num_decodes, step.num_reqs), prefill_tokens, False))
+            parts.append(
+                self._part(self.prefills, step, slice(num_decodes, step.num_reqs), prefill_tokens, False)
+            )
         return PowerMetadata(step.num_actual_tokens, tuple(parts))
 
     def _part(
-        self, builder: PlanBuilder, step: CommonAttentionMetadata, rows: slice, num_tokens: int, is_decode: bool
+        self,
+        builder: PlanBuilder,
+        step: CommonAttentionMetadata,
+        rows: slice,
+        num_tokens: int,
+        is_decode: bool,
     ) -> Part:
         max_query_len = min(step.max_query_len, self.decode_len) if is_decode else step.max_query_len
         plan = builder.build(

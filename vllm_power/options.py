@@ -26,7 +26,7 @@ class PatternOptions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     pattern: Literal["power", "sliding_window", "stride_slash", "dilated", "longnet", "full"] = Field(
-        POWER.name, description="which blocks a query sees"
+        "power", description="which blocks a query sees"
     )
     block_size: int | None = Field(None, description="tokens in a block, a power of two; default 256")
     sink_blocks: int | None = Field(None, description="first blocks that every query sees")
@@ -108,7 +108,7 @@ def of_config(vllm_config: "VllmConfig") -> PowerOptions:
     return resolve(command_line, checkpoint)
 
 
-def _parse(model: type, values: Mapping[str, Any], source: str) -> Any:
+def _parse(model: type[PatternOptions], values: Mapping[str, Any], source: str) -> Any:
     try:
         return model.model_validate(values)
     except ValidationError as error:

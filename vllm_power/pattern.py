@@ -49,7 +49,9 @@ class Pattern:
         if self.name not in NAMES:
             raise ValueError(f"unknown pattern {self.name!r}: one of {', '.join(NAMES)}")
         if self.block_size < 16 or self.block_size & (self.block_size - 1):
-            raise ValueError(f"block_size must be a power of two of at least 16 tokens, not {self.block_size}")
+            raise ValueError(
+                f"block_size must be a power of two of at least 16 tokens, not {self.block_size}"
+            )
         for field, least in (("sink_blocks", 0), ("window_blocks", 1), ("stride", 1)):
             if getattr(self, field) < least:
                 raise ValueError(f"{field} must be at least {least}, not {getattr(self, field)}")
@@ -215,8 +217,10 @@ def draw(pattern: Pattern, num_tokens: int) -> str:
     last = blocks - 1
     hops = pattern.hops(last)
     covered = [hop for hop in hops if hop is not None]
-    reach = f"{max(covered)} layers reach every block" if len(covered) == blocks else (
-        f"{blocks - len(covered)} of {blocks} blocks are never reached"
+    reach = (
+        f"{max(covered)} layers reach every block"
+        if len(covered) == blocks
+        else (f"{blocks - len(covered)} of {blocks} blocks are never reached")
     )
     counts = (
         f"{pattern}: {num_tokens:,} tokens, {blocks} blocks\n"

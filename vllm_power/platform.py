@@ -82,7 +82,8 @@ def _report(vllm_config: "VllmConfig") -> None:
     pattern = options.of_config(vllm_config).effective_pattern
     max_len = vllm_config.model_config.max_model_len
     logger.info_once(
-        "PowerAttention: %s; reads %.1f%% of the block pairs at max_model_len %d; executor %s; %d of %d attention layers",
+        "PowerAttention: %s; reads %.1f%% of the block pairs at max_model_len %d; executor %s; "
+        "%d of %d attention layers",
         str(pattern),
         100 * pattern.density(max_len),
         max_len,

@@ -7,7 +7,7 @@ writing the new keys and values and attending. Both backends see the same random
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,9 +48,9 @@ CASES = [
 ]
 
 
-def measure(runs: list[Callable[[], None]], seconds: float, warm_up: int = 2) -> list[list[float]]:
+def measure(runs: Sequence[Callable[[], None]], seconds: float, warm_up: int = 2) -> list[list[float]]:
     """Times of each of ``runs`` in ms, taken in turns so that a slow moment of the machine hits all alike."""
-    for run in runs * warm_up:
+    for run in [*runs] * warm_up:
         run()
     times: list[list[float]] = [[] for _ in runs]
     end = time.perf_counter() + seconds
@@ -68,9 +68,15 @@ def compare(case: Case, dense: Layer, power: Layer, seconds: float) -> tuple[flo
     step = case.batch.common_metadata(PAGE_SIZE, dense.num_pages)
     tokens = step.num_actual_tokens
     dtype = getattr(torch, shape.dtype)
-    sizes = [(tokens, heads, shape.head_size) for heads in (shape.heads, shape.kv_heads, shape.kv_heads, shape.heads)]
+    sizes = [
+        (tokens, heads, shape.head_size)
+        for heads in (shape.heads, shape.kv_heads, shape.kv_heads, shape.heads)
+    ]
     query, key, value, output = (torch.randn(size, dtype=dtype) for size in sizes)
-    runs = [lambda layer=layer: layer.run(step, (query, key, value, output), case.layers) for layer in (dense, power)]
+    runs = [
+        lambda layer=layer: layer.run(step, (query, key, value, output), case.layers)
+        for layer in (dense, power)
+    ]
     dense_times, power_times = measure(runs, seconds)
     return statistics.median(dense_times), statistics.median(power_times)
 
@@ -94,7 +100,7 @@ def plan_times(seconds: float) -> list[tuple[str, float, float]]:
 
 
 def main(seconds: float = 4.0) -> int:
-    """Print the table; returns 1 where a case stays below what it must reach, else 0. ``seconds``: time for each case."""
+    """Print the table. Returns 1 where a case misses what it must reach, else 0. ``seconds``: time for a case."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from vllm_power.plugin import register
 
@@ -104,7 +110,8 @@ def main(seconds: float = 4.0) -> int:
     pages = 65_536 // PAGE_SIZE * 2 + 64
     dense, power = (Layer(backend, shape, pages, PAGE_SIZE) for backend in ("CPU_ATTN", "POWER"))
     table = Table(
-        title=f"Attention of {DECODE_LAYERS} layers (prefill: {PREFILL_LAYERS}), {shape.heads} heads, {shape.kv_heads} KV heads, head {shape.head_size}, "
+        title=f"Attention of {DECODE_LAYERS} layers (prefill: {PREFILL_LAYERS}), {shape.heads} heads, "
+        f"{shape.kv_heads} KV heads, head {shape.head_size}, "
         f"{shape.dtype}, {torch.get_num_threads()} threads"
     )
     for column in ("step", "dense ms", "power ms", "ratio", "at least", "block pairs read"):

@@ -30,7 +30,6 @@ class PowerCpuBackend(CPUAttentionBackend):
     def executor_name(cls) -> str:
         return "cpu"
 
-
     @staticmethod
     def get_name() -> str:
         return NAME
@@ -60,7 +59,11 @@ class PowerCpuMetadataBuilder(CPUAttentionMetadataBuilder):
     """Builds the step's plan and hands it to vLLM's builder as if its segments were the requests."""
 
     def __init__(
-        self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         pattern = options.of_config(vllm_config).effective_pattern
@@ -71,10 +74,14 @@ class PowerCpuMetadataBuilder(CPUAttentionMetadataBuilder):
     ) -> CPUAttentionMetadata:
         step = common_attn_metadata
         if step.causal is not True:
-            raise NotImplementedError("PowerAttention is causal: this batch asks for attention to later tokens")
+            raise NotImplementedError(
+                "PowerAttention is causal: this batch asks for attention to later tokens"
+            )
         # While no request is longer than the blocks that see everything, the plan would be the step itself.
         if step.max_seq_len > self.visible.pattern.dense_tokens:
-            step = over_plan(step, build_plan(*requests(step), self.visible, self.block_size, merge_dense=True))
+            step = over_plan(
+                step, build_plan(*requests(step), self.visible, self.block_size, merge_dense=True)
+            )
         return super().build(common_prefix_len, step, fast_build)
 
 

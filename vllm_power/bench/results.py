@@ -1,0 +1,49 @@
+"""Rows of measurements: one JSON object a line, with the machine and the versions beside every number."""
+
+import importlib.metadata
+import json
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path("docs/results")
+
+
+def machine() -> dict[str, Any]:
+    """gpu, driver, versions, commit and date of this run. ``gpu`` is None on a machine without one."""
+    import torch
+
+    versions: dict[str, str | None] = {}
+    for package in ("vllm", "torch", "triton", "vllm-power"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "gpu": gpu,
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        if gpu
+        else None,
+        "versions": versions,
+        "commit": _output("git", "rev-parse", "--short", "HEAD"),
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+
+
+def append(name: str, rows: list[dict[str, Any]], folder: Path = FOLDER) -> Path:
+    """Add ``rows``, each with the fields of :func:`machine`, to ``folder``/``name``.jsonl and return that path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.jsonl"
+    here = machine()
+    with path.open("a") as file:
+        file.writelines(json.dumps({**row, **here}) + "\n" for row in rows)
+    return path
+
+
+def _output(*command: str) -> str | None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() or None
+    except (OSError, subprocess.CalledProcessError):
+        return None
