@@ -24,6 +24,8 @@ NOT_LOCKED = {"pip", "torch"}
 ONLY_X86 = {"intel-openmp", "intel-cmplr-lib-ur"}
 # Needed from Python 3.12 on, where the resolver of an older Python does not ask for them.
 LATER_PYTHONS = ["six>=1.16"]
+# The kernels' tests interpret them: with the Triton that belongs to vLLM's CUDA build.
+TRITON = "triton==3.6.0"
 
 # Runs inside the environment: what vLLM requires on this machine, by pip's own copy of `packaging`.
 REQUIREMENTS = """
@@ -51,7 +53,7 @@ def lock() -> None:
         wanted = [line for name, line in vllm_needs if name not in NOT_WANTED]
         with step("everything else, resolved"):
             environment.pip(
-                *wanted, *project["dependencies"], *extras["dev"], *extras["bench"], *LATER_PYTHONS
+                *wanted, *project["dependencies"], *extras["dev"], *extras["bench"], *LATER_PYTHONS, TRITON
             )
         installed = json.loads(output(environment.python, "-m", "pip", "list", "--format=json"))
     versions = {
