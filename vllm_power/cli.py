@@ -55,6 +55,17 @@ def bench_cpu_command(
     raise typer.Exit(main(seconds))
 
 
+@bench.command("serve")
+def bench_serve_command(
+    repeats: Annotated[int, typer.Option(min=1, help="Prompts of each length.")] = 5,
+    folder: Annotated[Path, typer.Option(help="Where serve.jsonl is.")] = Path("docs/results"),
+) -> None:
+    """The whole engine on a GPU, against vLLM's FlashAttention; appends its rows to serve.jsonl."""
+    from vllm_power.bench.serve import main
+
+    raise typer.Exit(main(repeats=repeats, folder=folder))
+
+
 @app.command("version")
 def version_command() -> None:
     """Print the versions of vllm-power and of what it runs on."""
