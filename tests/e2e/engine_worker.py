@@ -96,7 +96,11 @@ def _serve(pipe: Connection, log: str, environment: dict[str, str]) -> None:
                 from vllm import LLM
 
                 model, settings = request
-                engine.append(LLM(model, **settings))
+                try:
+                    engine.append(LLM(model, **settings))
+                except BaseException:
+                    _clean_up()
+                    raise
                 answer = None
             else:
                 function, arguments = request
@@ -107,9 +111,12 @@ def _serve(pipe: Connection, log: str, environment: dict[str, str]) -> None:
 
 
 def _end(engine: list[Any]) -> None:
-    if not engine:
-        return
+    if engine:
+        engine.pop().llm_engine.engine_core.shutdown()
+        _clean_up()
+
+
+def _clean_up() -> None:
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    engine.pop().llm_engine.engine_core.shutdown()
     cleanup_dist_env_and_memory()

@@ -1,4 +1,4 @@
-"""Runs a request step by step, with NaN in every page that the step has no business to read. In the engine's process."""
+"""Runs a request step by step, with NaN in every page that the step may not read. In the engine's process."""
 
 from typing import Any
 
@@ -12,8 +12,8 @@ def greedy_over_poison(llm: Any, prompt: list[int], steps: int, pattern: Pattern
     """The answer to ``prompt``, and how many times a page was poisoned.
 
     Before each step, the pages of all earlier blocks that none of the step's query blocks sees are filled with NaN,
-    and so is vLLM's null page 0. Afterwards a page is restored only if ``next_reader`` says that a later query reads it.
-    A page's layout depends on the machine's kernel, hence whole pages.
+    and so is vLLM's null page 0. Afterwards a page is restored only if ``next_reader`` says that a later query reads
+    it. A page's layout depends on the machine's kernel, hence whole pages.
     """
     from vllm import SamplingParams
 
