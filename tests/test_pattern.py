@@ -133,6 +133,11 @@ def test_next_reader_is_the_first_to_see_it(pattern, k, q):
     assert pattern.next_reader(k, q) == expected
 
 
+@given(patterns, st.integers(0, 300), st.integers(0, 300))
+def test_last_reader_is_the_last_to_see_it(pattern, k, later):
+    assert pattern.last_reader(k, k + later) == max(q for q in range(k, k + later + 1) if pattern.sees(q, k))
+
+
 @given(patterns, st.integers(1, 60))
 def test_counts_agree_with_the_predicate(pattern, blocks):
     tokens = blocks * pattern.block_size - 7

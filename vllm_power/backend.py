@@ -7,8 +7,9 @@ from vllm.config import get_current_vllm_config_or_none
 from vllm.config.cache import CacheDType
 from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
+from vllm.v1.kv_cache_interface import AttentionSpec
 
-from vllm_power import options
+from vllm_power import kv_cache, options
 from vllm_power.impl import PowerImpl
 from vllm_power.metadata import PowerMetadataBuilder
 from vllm_power.plugin import NAME
@@ -33,6 +34,10 @@ class PowerBackend(AttentionBackend):
     @staticmethod
     def get_name() -> str:
         return NAME
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        return kv_cache.customize_spec(spec)
 
     @staticmethod
     def get_impl_cls() -> type[PowerImpl]:

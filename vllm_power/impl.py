@@ -3,11 +3,12 @@
 from typing import Any
 
 import torch
+from vllm.config import get_current_vllm_config
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
-from vllm_power import executors, refusals
+from vllm_power import executors, kv_cache, refusals
 from vllm_power.metadata import PowerMetadata
 
 
@@ -28,6 +29,7 @@ class PowerImpl(AttentionImpl[PowerMetadata]):
         kv_sharing_target_layer_name: str | None = None,
     ) -> None:
         refusals.check_alibi(alibi_slopes)
+        kv_cache.configure(get_current_vllm_config())
         self.num_heads = num_heads
         self.head_size = head_size
         self.scale = float(scale)

@@ -67,6 +67,7 @@ class PatternOptions(BaseModel):
 class PowerOptions(PatternOptions):
     """Everything under ``power`` in ``--additional-config``."""
 
+    reclaim: bool = Field(True, description="give KV blocks back as soon as no later query can see them")
     override_checkpoint: bool = Field(
         False, description="let the command line's pattern win over a different one in the checkpoint"
     )

@@ -100,6 +100,25 @@ class Pattern:
                 return next((later for later in range(q, segment_end) if self.sees(later, k)), None)
         return None  # sliding_window has passed it
 
+    def last_reader(self, k: int, last: int) -> int:
+        """The last query block up to ``last`` (``>= k``) that reads key block ``k``: later it is dead."""
+        if k < self.sink_blocks:
+            return last
+        in_window = min(last, k + self.window_blocks - 1)
+        match self.name:
+            case "power":
+                return max(in_window, k + (1 << (last - k).bit_length() >> 1))
+            case "sliding_window":
+                return in_window
+            case "stride_slash":
+                return max(in_window, last - (last - k) % self.stride)
+            case "dilated":
+                return in_window - (in_window - k) % 2
+            case "longnet":
+                segment_end = k | (_LONGNET_SEGMENTS[-1][0] - 1)
+                return next(q for q in range(min(last, segment_end), k - 1, -1) if self.sees(q, k))
+        return last  # full
+
     def _candidates(self, q: int) -> Iterator[int]:
         """A superset of the blocks that ``q`` sees, without looking at every pair. May hold negative indices."""
         yield from range(min(self.sink_blocks, q + 1))

@@ -71,7 +71,9 @@ def is_selected(vllm_config: "VllmConfig") -> bool:
 
 
 def _report(vllm_config: "VllmConfig") -> None:
-    """Log once what runs: pattern, density, executor and how many layers. Refuses a model with no layer for it."""
+    """Log once what runs: pattern, density, executor, layers, reclamation. Refuses a model with no layer for it."""
+    from vllm_power.kv_cache import why_not
+
     layers = {
         name: layer.attn_backend
         for name, layer in vllm_config.compilation_config.static_forward_context.items()
@@ -83,12 +85,13 @@ def _report(vllm_config: "VllmConfig") -> None:
     max_len = vllm_config.model_config.max_model_len
     logger.info_once(
         "PowerAttention: %s; reads %.1f%% of the block pairs at max_model_len %d; executor %s; "
-        "%d of %d attention layers",
+        "%d of %d attention layers; KV reclamation %s",
         str(pattern),
         100 * pattern.density(max_len),
         max_len,
         sparse[0].executor_name(),
         len(sparse),
         len(layers),
+        f"off: {reason}" if (reason := why_not(vllm_config)) else "on",
         scope="global",
     )

@@ -8,7 +8,7 @@ from vLLM's CPU backend (v1/attention/backends/cpu_attn.py); reading and writing
 from typing import Any
 
 import torch
-from vllm.config import VllmConfig
+from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
@@ -18,7 +18,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from vllm_power import options, refusals
+from vllm_power import kv_cache, options, refusals
 from vllm_power.kernels.plan import Plan, VisibleBlocks, build_plan
 from vllm_power.plugin import NAME
 
@@ -45,6 +45,10 @@ class PowerCpuBackend(CPUAttentionBackend):
     @classmethod
     def supports_sliding_window(cls) -> bool:
         return False  # such layers go to vLLM's CPU backend
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        return kv_cache.customize_spec(spec)
 
     @staticmethod
     def get_impl_cls() -> type["PowerCpuImpl"]:
@@ -115,4 +119,5 @@ class PowerCpuImpl(CPUAttentionBackendImpl):
         **kwargs: Any,
     ) -> None:
         refusals.check_alibi(alibi_slopes)
+        kv_cache.configure(get_current_vllm_config())
         super().__init__(num_heads, head_size, scale, num_kv_heads, alibi_slopes, *args, **kwargs)

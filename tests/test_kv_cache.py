@@ -1,0 +1,376 @@
+"""Exact reclamation against a simple model of what must be live, under vLLM's own KV cache manager and block pool.
+
+The machine plays scheduler and worker: it admits, prefills in chunks, decodes with drafts that may be rejected, keeps
+steps in flight, preempts, finishes and aborts. Every query checks that each page it sees holds the very tokens that
+belong there; the worker's page tables keep stale ids, as vLLM's do.
+"""
+
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from vllm import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+from vllm.v1.request import Request, RequestStatus
+
+from vllm_power import kv_cache
+from vllm_power.kv_cache import PowerAttentionManager, PowerAttentionSpec
+from vllm_power.lifetimes import lifetimes
+from vllm_power.pattern import preset
+
+BLOCK, PAGE, MAX_LEN, POOL = 32, 16, 1024, 90
+CHUNK, DRAFTS = 96, 3
+init_none_hash(sha256)
+HASHER = get_request_block_hasher(PAGE, sha256)
+
+
+def make_spec(name="power", max_in_flight=2 * CHUNK, lookahead=DRAFTS) -> PowerAttentionSpec:
+    return PowerAttentionSpec(
+        block_size=PAGE,
+        num_kv_heads=1,
+        head_size=64,
+        dtype=torch.float32,
+        pattern=preset(name, block_size=BLOCK, **({"window_blocks": 2} if name == "power" else {})),
+        max_model_len=MAX_LEN,
+        max_in_flight_tokens=max_in_flight,
+        lookahead_tokens=lookahead,
+    )
+
+
+def make_manager(spec, num_pages=POOL, caching=True) -> KVCacheManager:
+    config = KVCacheConfig(num_pages, [], [KVCacheGroupSpec(["layer"], spec)])
+    return KVCacheManager(config, MAX_LEN, PAGE, PAGE, max_in_flight_tokens=2 * CHUNK, enable_caching=caching)
+
+
+def make_request(name, prompt, max_tokens) -> Request:
+    return Request(
+        name, prompt, SamplingParams(max_tokens=max_tokens, ignore_eos=True), None, block_hasher=HASHER
+    )
+
+
+class Worker:
+    """Remembers what every page holds: for each slot, the tokens up to and with the one stored there."""
+
+    def __init__(self, pages: int) -> None:
+        self.slots: list[list[object]] = [[None] * PAGE for _ in range(pages)]
+        self.tables: dict[str, list[int]] = {}
+
+    def run(self, pattern, request: Request, tokens: list[int], first: int, new: int) -> None:
+        """Store ``new`` tokens from position ``first`` on, then check all that their queries see."""
+        table = self.tables[request.request_id]
+        prefixes = list(itertools.accumulate(tokens, lambda before, token: hash((before, token)), initial=0))[
+            1:
+        ]
+        for position in range(first, first + new):
+            self.slots[table[position // PAGE]][position % PAGE] = prefixes[position]
+        for q in range(first // BLOCK, (first + new - 1) // BLOCK + 1):
+            for block in pattern.visible_blocks(q):
+                for position in range(block * BLOCK, min((block + 1) * BLOCK, first + new)):
+                    assert self.slots[table[position // PAGE]][position % PAGE] == prefixes[position]
+
+
+class Reclamation(RuleBasedStateMachine):
+    name = "power"
+    caching = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spec = make_spec(self.name)
+        self.manager = make_manager(self.spec, caching=self.caching)
+        self.ours: PowerAttentionManager = self.manager.coordinator.single_type_managers[0]
+        self.worker = Worker(POOL)
+        self.waiting: list[Request] = []
+        self.running: list[Request] = []
+        self.ids = itertools.count()
+
+    # --- what a scheduler does ----------------------------------------------------------------------------------
+
+    @rule(family=st.integers(0, 1), length=st.integers(1, 700), output=st.integers(1, 200))
+    def arrive(self, family, length, output):
+        length = min(length, MAX_LEN - 1)
+        prompt = [family] * (length // 2) + list(range(length - length // 2))
+        self.waiting.append(make_request(f"r{next(self.ids)}", prompt, output))
+
+    @precondition(lambda self: self.waiting)
+    @rule()
+    def admit(self):
+        request = self.waiting[0]
+        blocks, hit, _ = self.manager.get_computed_blocks(request)
+        new = min(CHUNK, request.num_tokens - hit)
+        allocated = self.manager.allocate_slots(
+            request, new, hit, blocks, full_sequence_must_fit=True, has_scheduled_reqs=bool(self.running)
+        )
+        if allocated is None:
+            assert self.running  # alone, any request fits into this pool
+            return
+        self.waiting.pop(0)
+        self.running.append(request)
+        request.status = RequestStatus.RUNNING
+        self.worker.tables[request.request_id] = list(self.manager.get_block_ids(request.request_id)[0])
+        request.num_computed_tokens = hit
+        self._run(request, new, 0)
+
+    @precondition(lambda self: self.running)
+    @rule(
+        which=st.integers(0, 100),
+        drafts=st.integers(0, DRAFTS),
+        accepted=st.integers(0, DRAFTS),
+        steps=st.integers(1, 40),
+    )
+    def advance(self, which, drafts, accepted, steps):
+        request = self.running[which % len(self.running)]
+        for _ in range(steps):
+            if request not in self.running:
+                return
+            left = request.num_tokens - request.num_computed_tokens
+            prefilling = left > 1
+            new = min(CHUNK, left) if prefilling else 1 + drafts
+            new = min(new, MAX_LEN - request.num_computed_tokens)
+            if self.manager.allocate_slots(request, new) is None:
+                self._preempt(self.running[-1])
+                return
+            table = self.worker.tables[request.request_id]
+            own = self.manager.get_block_ids(request.request_id)[0]
+            table.extend(own[len(table) :])
+            self._run(request, new, 0 if prefilling else min(accepted, new - 1))
+
+    @precondition(lambda self: self.running)
+    @rule(which=st.integers(0, 100))
+    def settle(self, which):
+        request = self.running[which % len(self.running)]
+        request.num_in_flight_tokens = 0
+
+    @precondition(lambda self: self.running)
+    @rule(which=st.integers(0, 100))
+    def preempt(self, which):
+        self._preempt(self.running[which % len(self.running)])
+
+    @precondition(lambda self: self.running)
+    @rule(which=st.integers(0, 100))
+    def abort(self, which):
+        self._finish(self.running[which % len(self.running)])
+
+    # --- helpers ------------------------------------------------------------------------------------------------
+
+    def _run(self, request, new, accepted):
+        first = request.num_computed_tokens
+        # After the known tokens: drafts that turn out right, then drafts that are rejected.
+        tokens = [*request.all_token_ids, *([7] * accepted), *([-1] * new)]
+        self.worker.run(self.spec.pattern, request, tokens[: first + new], first, new)
+        if first + new < request.num_tokens:
+            request.num_computed_tokens += new
+            request.num_in_flight_tokens = new  # this step may still be running when the next is scheduled
+            return
+        outputs = 1 + accepted
+        for _ in range(min(outputs, request.num_prompt_tokens + request.max_tokens - request.num_tokens)):
+            request.append_output_token_ids(7)
+        request.num_computed_tokens = request.num_tokens - 1
+        request.num_in_flight_tokens = 0
+        finished = request.num_output_tokens >= request.max_tokens or request.num_tokens >= MAX_LEN
+        if finished:
+            self._finish(request)
+
+    def _finish(self, request):
+        self.running.remove(request)
+        self.manager.free(request)
+        del self.worker.tables[request.request_id]
+
+    def _preempt(self, request):
+        self._finish(request)
+        request.num_computed_tokens = request.num_in_flight_tokens = 0
+        request.status = RequestStatus.PREEMPTED
+        self.waiting.insert(0, request)
+
+    # --- what must always hold ----------------------------------------------------------------------------------
+
+    @invariant()
+    def the_pool_knows_every_page(self):
+        held = {
+            block.block_id
+            for request in self.running
+            for block in self.ours.req_to_blocks[request.request_id]
+            if not block.is_null
+        }
+        assert self.manager.block_pool.get_num_free_blocks() == POOL - 1 - len(held)
+
+    @invariant()
+    def exactly_the_live_blocks_are_held(self):
+        for request in self.running:
+            name = request.request_id
+            blocks = self.ours.req_to_blocks[name]
+            passed = self.ours.query_block_of.get(name, 0)
+            # The token sampled last is not a query; drafts may reach past it.
+            last_query = min(MAX_LEN, request.num_prompt_tokens + request.max_tokens) - 2 + DRAFTS
+            lives = lifetimes(self.spec.pattern, min(last_query, MAX_LEN - 1) // BLOCK)
+            for page, block in enumerate(blocks):
+                number = page * PAGE // BLOCK
+                if number < passed:
+                    assert block.is_null == (lives.last_reader[number] < passed)
+
+    def teardown(self):
+        for request in list(self.running):
+            self._finish(request)
+        assert self.manager.block_pool.get_num_free_blocks() == POOL - 1
+        for state in (
+            self.ours.req_to_blocks,
+            self.ours.num_tokens_of,
+            self.ours.query_block_of,
+            self.ours.num_null_of,
+        ):
+            assert not state
+
+
+def machine(pattern_name: str, prefix_caching: bool, examples: int):
+    """The test case of :class:`Reclamation` for one pattern."""
+    attributes = {"name": pattern_name, "caching": prefix_caching}
+    case = type(f"Reclamation_{pattern_name}_{prefix_caching}", (Reclamation,), attributes).TestCase
+    case.settings = settings(max_examples=examples, stateful_step_count=60, deadline=None)
+    return case
+
+
+TestPower = machine("power", True, 60)
+TestPowerWithoutPrefixCaching = machine("power", False, 20)
+TestSlidingWindow = machine("sliding_window", True, 10)
+TestStrideSlash = machine("stride_slash", True, 10)
+TestDilated = machine("dilated", True, 10)
+TestLongnet = machine("longnet", True, 10)
+
+
+def prefill(manager, request, chunk=CHUNK) -> int:
+    """Prefill ``request`` from what is cached; returns the tokens that were a hit."""
+    blocks, hit, _ = manager.get_computed_blocks(request)
+    request.num_computed_tokens = 0
+    done = hit
+    while done < request.num_tokens:
+        new = min(chunk, request.num_tokens - done)
+        first = done == hit
+        assert (
+            manager.allocate_slots(request, new, hit if first else 0, blocks if first else None) is not None
+        )
+        done += new
+        request.num_computed_tokens = done
+    return hit
+
+
+def held_pages(manager, request) -> int:
+    blocks = manager.coordinator.single_type_managers[0].req_to_blocks[request.request_id]
+    return sum(not block.is_null for block in blocks)
+
+
+def test_a_prompt_that_fits_only_thanks_to_reclamation_is_served():
+    spec = make_spec(max_in_flight=64)
+    prompt = list(range(900))
+    full = FullAttentionSpec(block_size=PAGE, num_kv_heads=1, head_size=64, dtype=torch.float32)
+    needed = -(-900 // PAGE)
+    pool = spec.peak_pages(0, MAX_LEN) + 2
+    assert pool < needed
+    manager = make_manager(spec, pool)
+    request = make_request("long", prompt, 20)
+    blocks, hit, _ = manager.get_computed_blocks(request)
+    assert manager.allocate_slots(request, 64, hit, blocks, full_sequence_must_fit=True) is not None
+    request.num_computed_tokens = 64
+    while request.num_computed_tokens < 900:
+        new = min(64, 900 - request.num_computed_tokens)
+        assert manager.allocate_slots(request, new) is not None
+        request.num_computed_tokens += new
+    dense = make_manager(full, pool)
+    blocks, hit, _ = dense.get_computed_blocks(request)
+    assert dense.allocate_slots(request, 64, hit, blocks, full_sequence_must_fit=True) is None
+
+
+def test_one_that_can_not_fit_at_its_peak_waits():
+    spec = make_spec(max_in_flight=64)
+    manager = make_manager(spec, spec.peak_pages(0, MAX_LEN) - 3)
+    request = make_request("long", list(range(900)), 20)
+    blocks, hit, _ = manager.get_computed_blocks(request)
+    assert manager.allocate_slots(request, 64, hit, blocks, full_sequence_must_fit=True) is None
+    assert manager.block_pool.get_num_free_blocks() == spec.peak_pages(0, MAX_LEN) - 4
+
+
+def test_a_second_turn_hits_although_blocks_were_given_back():
+    manager = make_manager(make_spec())
+    prompt = list(range(700))
+    first = make_request("first", prompt, 10)
+    assert prefill(manager, first) == 0
+    first.num_computed_tokens = 700
+    manager.allocate_slots(first, 1)
+    assert held_pages(manager, first) < 30  # of 44
+    manager.free(first)
+    second = make_request("second", [*prompt, *range(50)], 10)
+    assert prefill(manager, second) == 700 // PAGE * PAGE
+
+
+def test_a_hit_shrinks_when_a_needed_page_is_gone_and_not_when_another_is():
+    spec = make_spec()
+    prompt = list(range(640))
+    lives = lifetimes(spec.pattern, (MAX_LEN - 1) // BLOCK)
+    blocks = 640 // BLOCK
+    dead = next(b for b in range(1, blocks) if lives.last_reader[b] < blocks - 1)
+    needed = next(b for b in range(1, blocks) if lives.last_reader[b] >= blocks)
+    for lost, whole in ((dead, True), (needed, False)):
+        manager = make_manager(spec)
+        first = make_request("first", prompt, 300)
+        prefill(manager, first)
+        pages = manager.coordinator.single_type_managers[0]
+        hashes = first.block_hashes
+        page = lost * BLOCK // PAGE
+        block = pages.block_pool.get_cached_block(hashes[page], [0])[0]
+        manager.free(first)
+        pages.block_pool.evict_blocks({block.block_id})
+        second = make_request("second", [*prompt, 5, 6, 7], 10)
+        found, hit, _ = manager.get_computed_blocks(second)
+        assert (hit == 640) is whole
+        assert all(
+            not found.blocks[0][p].is_null
+            for p in range(hit // PAGE)
+            if lives.last_reader[p * PAGE // BLOCK] >= hit // BLOCK
+        )
+
+
+def test_vllms_own_specs_are_still_registered():
+    full = FullAttentionSpec(block_size=PAGE, num_kv_heads=1, head_size=64, dtype=torch.float32)
+    assert KVCacheSpecRegistry.get_manager_class(full).__name__ == "FullAttentionManager"
+    assert KVCacheSpecRegistry.get_manager_class(make_spec()) is PowerAttentionManager
+
+
+def config_with(**fields):
+    base = {
+        "additional_config": {"power": fields.pop("power", {})},
+        "kv_transfer_config": None,
+        "scheduler_config": SimpleNamespace(disable_hybrid_kv_cache_manager=False),
+        "model_config": SimpleNamespace(max_model_len=MAX_LEN, hf_config=None, hf_text_config=None),
+        "max_in_flight_tokens": 128,
+        "num_speculative_tokens": 0,
+        "num_lookahead_tokens": 0,
+    }
+    return SimpleNamespace(**{**base, **fields})
+
+
+@pytest.mark.parametrize(
+    "fields, reason",
+    [
+        ({}, None),
+        ({"power": {"reclaim": False}}, "reclaim is false"),
+        ({"kv_transfer_config": object()}, "KV connector"),
+        ({"scheduler_config": SimpleNamespace(disable_hybrid_kv_cache_manager=True)}, "disable-hybrid"),
+        ({"power": {"pattern": "full"}}, "full"),
+    ],
+    ids=["on", "option", "connector", "hybrid_off", "full"],
+)
+def test_where_it_can_not_apply_the_spec_stays_and_says_why(fields, reason):
+    config = config_with(**fields)
+    why = kv_cache.why_not(config)
+    assert (why is None) if reason is None else (reason in why)
+    kv_cache.configure(config)
+    full = FullAttentionSpec(block_size=256, num_kv_heads=2, head_size=64, dtype=torch.float32)
+    spec = kv_cache.customize_spec(full)
+    assert isinstance(spec, PowerAttentionSpec) is (reason is None)
+    assert spec.page_size_bytes == full.page_size_bytes

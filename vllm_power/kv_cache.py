@@ -1,0 +1,239 @@
+"""Exact reclamation: a KV block goes back to vLLM's pool once no later query of its request can see it.
+
+vLLM asks the backend for a layer's KV cache spec and looks up the manager of that spec in its registry. Ours is a spec
+of its own kind, neither full attention (prefix hits have holes) nor a sliding window (the holes are in the middle).
+The last query of a request is known: prompt plus max_tokens, at most max_model_len. Freed blocks keep their hash until
+vLLM reuses them, so later prompts may still find them.
+
+Written against vllm/v1/core/single_type_kv_cache_manager.py and vllm/v1/kv_cache_spec_registry.py.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock, resolve_block_hashes
+from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+from vllm.v1.request import Request
+
+from vllm_power import options
+from vllm_power.lifetimes import Lifetimes, lifetimes
+from vllm_power.pattern import Pattern
+
+
+@dataclass(frozen=True, kw_only=True)
+class PowerAttentionSpec(AttentionSpec):
+    """The KV cache of a layer that runs ``pattern``. ``block_size`` is vLLM's word for the tokens of a page.
+
+    max_model_len: the longest sequence. max_in_flight_tokens: the most tokens of steps that are not settled yet.
+    lookahead_tokens: how far past the last token speculative decoding may query.
+    """
+
+    pattern: Pattern
+    max_model_len: int
+    max_in_flight_tokens: int
+    lookahead_tokens: int
+
+    def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
+        """Bytes that one request of max_model_len holds at its peak: vLLM sizes and reports concurrency by it."""
+        return self.peak_pages(0, vllm_config.model_config.max_model_len) * self.page_size_bytes
+
+    @property
+    def pages_per_block(self) -> int:
+        return self.pattern.block_size // self.block_size
+
+    def lifetimes(self, num_tokens: int) -> Lifetimes:
+        """The lives of the blocks of a request that never exceeds ``num_tokens`` tokens."""
+        # The last token that is sampled is not a query any more.
+        last_query = min(max(num_tokens - 2, 0) + self.lookahead_tokens, self.max_model_len - 1)
+        return lifetimes(self.pattern, last_query // self.pattern.block_size)
+
+    def peak_pages(self, query_block: int, num_tokens: int) -> int:
+        """The most pages that a request of up to ``num_tokens`` tokens holds from ``query_block`` on.
+
+        Blocks are freed once their steps are settled; what is in flight comes on top of the live ones.
+        """
+        lives = self.lifetimes(num_tokens)
+        in_flight = 1 + -(-self.max_in_flight_tokens // self.pattern.block_size)
+        peak = (lives.peak_from[min(query_block, lives.last)] + in_flight) * self.pages_per_block
+        return min(peak, -(-num_tokens // self.block_size))
+
+
+class PowerAttentionManager(SingleTypeKVCacheManager):
+    """Frees the dead blocks of each request, in the middle of its table, as its queries pass them."""
+
+    kv_cache_spec: PowerAttentionSpec
+
+    def __init__(self, kv_cache_spec: PowerAttentionSpec, **kwargs: Any) -> None:
+        super().__init__(kv_cache_spec, **kwargs)
+        self.prefix_caching = self.enable_caching
+        # vLLM hands a manager the Request, which knows max_tokens, only through cache_blocks, and calls that only
+        # where this flag is set. Without prefix caching there are no cached blocks, so nothing else looks at it.
+        self.enable_caching = True
+        self.num_tokens_of: dict[str, int] = {}  # the most tokens a request can get
+        self.query_block_of: dict[str, int] = {}  # all queries before this block are through
+        self.num_null_of: dict[str, int] = {}  # pages of its table that it does not hold
+
+    # --- what vLLM calls ----------------------------------------------------------------------------------------
+
+    def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+        if request.request_id not in self.num_tokens_of:
+            limit = self.kv_cache_spec.max_model_len
+            if not getattr(request, "resumable", False):  # a resumable request may get more prompt later
+                limit = min(limit, request.num_prompt_tokens + request.max_tokens)
+            self.num_tokens_of[request.request_id] = limit
+        if self.prefix_caching:
+            super().cache_blocks(request, num_tokens, *args, **kwargs)
+
+    def remove_skipped_blocks(
+        self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
+    ) -> None:
+        """Free what no query from ``processed_computed_tokens`` on can see. Called before every allocation."""
+        query_block = processed_computed_tokens // self.kv_cache_spec.pattern.block_size
+        passed = self.query_block_of.get(request_id, 0)
+        if query_block <= passed or request_id not in self.num_tokens_of:
+            return
+        lives = self.kv_cache_spec.lifetimes(self.num_tokens_of[request_id])
+        blocks = self.req_to_blocks[request_id]
+        freed = []
+        for block in (dead for q in lives.dying_after[passed:query_block] for dead in q):
+            for page in self._pages(block, len(blocks)):
+                if not blocks[page].is_null:
+                    freed.append(blocks[page])
+                    blocks[page] = self._null_block
+        self.block_pool.free_blocks(freed)
+        self.query_block_of[request_id] = query_block
+        self.num_null_of[request_id] = self.num_null_of.get(request_id, 0) + len(freed)
+
+    def add_local_computed_blocks(
+        self, request_id: str, new_computed_blocks: Sequence[KVCacheBlock], *args: Any, **kwargs: Any
+    ) -> None:
+        super().add_local_computed_blocks(request_id, new_computed_blocks, *args, **kwargs)
+        self.num_null_of[request_id] = sum(block.is_null for block in new_computed_blocks)
+
+    def get_num_blocks_to_allocate(
+        self, request_id: str, *args: Any, apply_admission_cap: bool = False, **kwargs: Any
+    ) -> int:
+        """As vLLM's; with ``apply_admission_cap``, no more than the request still comes to hold at its peak."""
+        needed = super().get_num_blocks_to_allocate(request_id, *args, apply_admission_cap=False, **kwargs)
+        if not apply_admission_cap:
+            return needed
+        num_tokens = self.num_tokens_of.get(request_id, self.kv_cache_spec.max_model_len)
+        peak = self.kv_cache_spec.peak_pages(self.query_block_of.get(request_id, 0), num_tokens)
+        held = len(self.req_to_blocks.get(request_id, ())) - self.num_null_of.get(request_id, 0)
+        return min(needed, max(peak - held, 0))
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        for state in (self.num_tokens_of, self.query_block_of, self.num_null_of):
+            state.pop(request_id, None)
+        return super().pop_blocks_for_free(request_id)
+
+    @classmethod
+    def find_longest_cache_hit(
+        cls,
+        block_hashes: BlockHashList,
+        max_length: int,
+        kv_cache_group_ids: list[int],
+        block_pool: BlockPool,
+        kv_cache_spec: PowerAttentionSpec,
+        drop_eagle_block: bool,
+        alignment_tokens: int,
+        dcp_world_size: int = 1,
+        pcp_world_size: int = 1,
+    ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
+        """The longest prefix of which every page is cached that a query after it can see, up to max_model_len.
+
+        A missing page of block b rules out the hits that end after it and whose queries still read b; not the longer
+        ones. Pages that no query after the hit sees are null in the result.
+        """
+        spec = kv_cache_spec
+        page_size, pages_per_block = spec.block_size, spec.pages_per_block
+        block_hashes = resolve_block_hashes(
+            block_hashes,
+            block_pool.hash_block_size,
+            page_size,
+            supports_fine_grained_hash_lookup=cls.supports_fine_grained_hash_lookup,
+            alignment_tokens=alignment_tokens,
+        )
+        last_reader = lifetimes(spec.pattern, (spec.max_model_len - 1) // spec.pattern.block_size).last_reader
+        num_pages = min(max_length // page_size, len(block_hashes))
+        cached: list[Sequence[KVCacheBlock] | None] = []
+        hits = [0, 0]  # in pages: the longest so far and the one before it
+        ruled_out = 0  # hits of fewer pages than this are ruled out by a missing page
+        for length in range(1, num_pages + 1):
+            pages = block_pool.get_cached_block(block_hashes[length - 1], kv_cache_group_ids)
+            cached.append(pages)
+            if pages is None:
+                ruled_out = max(
+                    ruled_out, (last_reader[(length - 1) // pages_per_block] + 1) * pages_per_block
+                )
+                if ruled_out > num_pages:
+                    break
+            if length >= ruled_out and length * page_size % alignment_tokens == 0:
+                hits = [length, hits[0]]
+        hit = hits[1] if drop_eagle_block else hits[0]
+        query_block = hit // pages_per_block
+        needed = [
+            pages if last_reader[page // pages_per_block] >= query_block else None
+            for page, pages in enumerate(cached[:hit])
+        ]
+        return tuple(
+            [pages[group] if pages else block_pool.null_block for pages in needed]
+            for group in range(len(kv_cache_group_ids))
+        ), hit * page_size
+
+    # --- helpers ------------------------------------------------------------------------------------------------
+
+    def _pages(self, block: int, num_pages: int) -> range:
+        pages_per_block = self.kv_cache_spec.pages_per_block
+        return range(block * pages_per_block, min((block + 1) * pages_per_block, num_pages))
+
+
+KVCacheSpecRegistry._ensure_registered()  # ours first would leave vLLM's own specs out of the registry
+KVCacheSpecRegistry.register(
+    PowerAttentionSpec, PowerAttentionManager, uniform_type_base_spec=PowerAttentionSpec
+)
+
+
+# vLLM calls a backend's customize_spec without the configuration, in the process that built the layers before. These
+# are the fields that our spec has beyond vLLM's; None where reclamation is off.
+_settings: dict[str, Any] | None = None
+
+
+def configure(vllm_config: VllmConfig) -> None:
+    """Say, where a layer is built, what :func:`customize_spec` will put into its spec."""
+    global _settings
+    _settings = None
+    if why_not(vllm_config) is None:
+        _settings = {
+            "pattern": options.of_config(vllm_config).effective_pattern,
+            "max_model_len": vllm_config.model_config.max_model_len,
+            "max_in_flight_tokens": vllm_config.max_in_flight_tokens,
+            "lookahead_tokens": vllm_config.num_speculative_tokens + vllm_config.num_lookahead_tokens,
+        }
+
+
+def why_not(vllm_config: VllmConfig) -> str | None:
+    """Why blocks are not given back early in this configuration; None where they are."""
+    asked = options.of_config(vllm_config)
+    if not asked.reclaim:
+        return "the option reclaim is false"
+    if vllm_config.kv_transfer_config is not None:
+        return "a KV connector transfers whole sequences"
+    if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+        return "--disable-hybrid-kv-cache-manager leaves only full attention"
+    if asked.effective_pattern.name == "full":
+        return "the pattern full reads every block to the end"
+    return None
+
+
+def customize_spec(spec: AttentionSpec) -> AttentionSpec:
+    """The spec of a layer that runs the pattern: ours in place of full attention, where reclamation is on."""
+    if _settings is None or type(spec) is not FullAttentionSpec:
+        return spec
+    shared = {field.name: getattr(spec, field.name) for field in fields(AttentionSpec)}
+    return PowerAttentionSpec(**shared, **_settings)
