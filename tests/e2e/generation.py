@@ -1,5 +1,6 @@
 """What the tests ask of a running engine; these functions run in its process."""
 
+import resource
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -59,3 +60,12 @@ def metrics(llm: Any) -> dict[str, float]:
         if hasattr(metric, "value"):
             values[metric.name] = values.get(metric.name, 0) + metric.value
     return values
+
+
+def resident_bytes() -> int:
+    """Memory of this process, after whatever Python can free is free."""
+    import gc
+
+    gc.collect()
+    with open("/proc/self/statm") as counts:
+        return int(counts.read().split()[1]) * resource.getpagesize()
