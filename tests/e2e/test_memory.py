@@ -9,8 +9,6 @@ from prompts import random_tokens
 
 BATCH = 50
 ALLOWED_GROWTH = 2 << 20  # bytes over the last 800 requests; measured: none
-    4 << 20
-)  # bytes over the last 800 requests; a plan or a table kept for each would be far more
 
 
 def test_memory_is_flat_over_a_thousand_requests(small_model: Callable[..., Path], worker: Worker) -> None:
