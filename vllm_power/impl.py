@@ -3,16 +3,16 @@
 from typing import Any
 
 import torch
-from vllm.config import get_current_vllm_config
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
-from vllm_power import executors, kv_cache, refusals
+from vllm_power import executors
+from vllm_power.hybrid import LayerImpl
 from vllm_power.metadata import PowerMetadata
 
 
-class PowerImpl(AttentionImpl[PowerMetadata]):
+class PowerImpl(LayerImpl, AttentionImpl[PowerMetadata]):
     """One layer's attention (vllm/v1/attention/backend.py, AttentionImpl)."""
 
     def __init__(
@@ -28,8 +28,10 @@ class PowerImpl(AttentionImpl[PowerMetadata]):
         attn_type: str = AttentionType.DECODER,
         kv_sharing_target_layer_name: str | None = None,
     ) -> None:
-        refusals.check_alibi(alibi_slopes)
-        kv_cache.configure(get_current_vllm_config())
+        self.remember(
+            num_heads, head_size, scale, num_kv_heads, alibi_slopes, sliding_window, kv_cache_dtype, logits_soft_cap,
+            attn_type, kv_sharing_target_layer_name,
+        )  # fmt: skip
         self.num_heads = num_heads
         self.head_size = head_size
         self.scale = float(scale)

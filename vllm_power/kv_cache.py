@@ -70,7 +70,7 @@ class PowerAttentionManager(SingleTypeKVCacheManager):
 
     def __init__(self, kv_cache_spec: PowerAttentionSpec, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
-        self.prefix_caching = self.enable_caching
+        self.prefix_caching: bool = kwargs["enable_caching"]
         # vLLM hands a manager the Request, which knows max_tokens, only through cache_blocks, and calls that only
         # where this flag is set. Without prefix caching there are no cached blocks, so nothing else looks at it.
         self.enable_caching = True

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from vllm_power.dense_layers import canonical, indices
 from vllm_power.pattern import NAMES, POWER, Pattern, preset
 
 if TYPE_CHECKING:
@@ -33,6 +34,11 @@ class PatternOptions(BaseModel):
     window_blocks: int | None = Field(None, description="latest blocks that a query sees, its own included")
     stride: int | None = Field(None, description="for stride_slash: every distance that it divides is seen")
 
+    dense_layers: list[int] | str | dict[str, int] = Field(
+        default_factory=list,
+        description='layers that stay dense: [0, 27], "0-1,26-27" or {"every": 7, "keep": 2}',
+    )
+
     @model_validator(mode="before")
     @classmethod
     def _unknown_names(cls, values: Any) -> Any:
@@ -48,12 +54,12 @@ class PatternOptions(BaseModel):
 
     @model_validator(mode="after")
     def _in_range(self) -> "PatternOptions":
-        _ = self.effective_pattern
+        _ = self.effective
         return self
 
     @property
     def set_by_user(self) -> dict[str, Any]:
-        """The pattern's fields that were given, not defaulted."""
+        """The fields of the pattern, and the dense layers, that were given, not defaulted."""
         given = self.model_dump(include=set(PatternOptions.model_fields), exclude_unset=True)
         return {name: value for name, value in given.items() if value is not None}
 
@@ -61,7 +67,17 @@ class PatternOptions(BaseModel):
     def effective_pattern(self) -> Pattern:
         """The pattern that these options describe; a field left out has the paper's value for that pattern."""
         fields = self.set_by_user
+        fields.pop("dense_layers", None)
         return preset(fields.pop("pattern", POWER.name), **fields)
+
+    @property
+    def effective(self) -> tuple[Pattern, object]:
+        """The pattern and the dense layers, in a form that compares."""
+        return self.effective_pattern, canonical(self.dense_layers)
+
+    def dense_layer_indices(self, num_layers: int) -> frozenset[int]:
+        """The layers of a model of ``num_layers`` that stay dense. Raises ValueError for one outside the model."""
+        return indices(self.dense_layers, num_layers)
 
 
 class PowerOptions(PatternOptions):
@@ -88,7 +104,7 @@ def resolve(command_line: Mapping[str, Any] | None, checkpoint: Mapping[str, Any
     if options.override_checkpoint:
         return options
     merged = _parse(PowerOptions, {**stored.set_by_user, **asked}, COMMAND_LINE)
-    if merged.effective_pattern != stored.effective_pattern:
+    if merged.effective != stored.effective:
         raise ValueError(
             f"two different patterns: the checkpoint was trained with {stored.effective_pattern} ({CHECKPOINT}: "
             f"{stored.set_by_user}), the command line asks for {merged.effective_pattern} ({COMMAND_LINE}: {asked}). "

@@ -72,6 +72,8 @@ def is_selected(vllm_config: "VllmConfig") -> bool:
 
 def _report(vllm_config: "VllmConfig") -> None:
     """Log once what runs: pattern, density, executor, layers, reclamation. Refuses a model with no layer for it."""
+    from vllm.model_executor.models.utils import extract_layer_index
+
     from vllm_power.kv_cache import why_not
 
     layers = {
@@ -80,18 +82,22 @@ def _report(vllm_config: "VllmConfig") -> None:
         if hasattr(layer, "attn_backend")
     }
     sparse = [backend for backend in layers.values() if backend.get_name() == NAME]
+    dense = sorted(
+        {extract_layer_index(name) for name, backend in layers.items() if backend.get_name() != NAME}
+    )
     refusals.check_any_layer(len(sparse), len(layers))
     pattern = options.of_config(vllm_config).effective_pattern
     max_len = vllm_config.model_config.max_model_len
     logger.info_once(
         "PowerAttention: %s; reads %.1f%% of the block pairs at max_model_len %d; executor %s; "
-        "%d of %d attention layers; KV reclamation %s",
+        "%d of %d attention layers%s; KV reclamation %s",
         str(pattern),
         100 * pattern.density(max_len),
         max_len,
         sparse[0].executor_name(),
         len(sparse),
         len(layers),
+        f" (not {', '.join(map(str, dense))})" if dense else "",
         f"off: {reason}" if (reason := why_not(vllm_config)) else "on",
         scope="global",
     )

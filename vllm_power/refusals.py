@@ -12,7 +12,7 @@ OTHER_BACKEND = "Serve this model with another attention backend (leave out --at
 
 def check_config(vllm_config: "VllmConfig") -> None:
     """Refuse what the configuration alone shows. Raises ValueError."""
-    options.of_config(vllm_config)
+    asked = options.of_config(vllm_config)
     model = vllm_config.model_config
     parallel = vllm_config.parallel_config
     if model is not None:
@@ -20,6 +20,7 @@ def check_config(vllm_config: "VllmConfig") -> None:
             _refuse("multi-head latent attention (MLA) keeps compressed keys that the pattern does not cover")
         if model.is_encoder_decoder:
             _refuse("an encoder-decoder model has cross attention, which is not causal")
+        asked.dense_layer_indices(model.get_total_num_hidden_layers())
         if model.attn_type == "encoder_only":
             _refuse("an encoder-only model attends in both directions; the pattern is causal")
     if parallel.decode_context_parallel_size > 1 or getattr(parallel, "prefill_context_parallel_size", 1) > 1:
@@ -61,13 +62,22 @@ def check_alibi(alibi_slopes: Any) -> None:
         _refuse("ALiBi needs the distance to each key, which is lost where blocks are left out")
 
 
+def check_dense_layer(implementation: Any, kv_cache_dtype: str) -> None:
+    """Refuse a dense layer whose kernels want a quantised query, which vLLM did not prepare. Raises ValueError."""
+    if kv_cache_dtype.startswith("fp8") and getattr(implementation, "supports_quant_query_input", False):
+        _refuse(
+            "dense layers over an fp8 KV cache need quantised queries on this device",
+            "Leave out dense_layers or --kv-cache-dtype fp8.",
+        )
+
+
 def check_any_layer(sparse: int, layers: int) -> None:
     """Refuse a model none of whose ``layers`` attention layers would run the pattern. Raises ValueError."""
     if not sparse:
         _refuse(
-            f"none of the {layers} attention layers would run it: the model's own layers all use a sliding window",
+            f"none of the {layers} attention layers would run it: each has a sliding window of its own or stays dense",
             "If the model was meant to see everything, switch its window off "
-            "(--hf-overrides '{\"sliding_window\": null}'); else use another attention backend.",
+            "(--hf-overrides '{\"sliding_window\": null}'), or name fewer dense_layers; else use another backend.",
         )
 
 

@@ -8,7 +8,7 @@ from vLLM's CPU backend (v1/attention/backends/cpu_attn.py); reading and writing
 from typing import Any
 
 import torch
-from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.config import VllmConfig
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
@@ -18,7 +18,8 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from vllm_power import kv_cache, options, refusals
+from vllm_power import kv_cache, options
+from vllm_power.hybrid import LayerImpl
 from vllm_power.kernels.plan import Plan, VisibleBlocks, build_plan
 from vllm_power.plugin import NAME
 
@@ -105,19 +106,9 @@ def over_plan(step: CommonAttentionMetadata, plan: Plan) -> CommonAttentionMetad
     )
 
 
-class PowerCpuImpl(CPUAttentionBackendImpl):
-    """vLLM's CPU attention; refuses what a rewritten table can not express."""
+class PowerCpuImpl(LayerImpl, CPUAttentionBackendImpl):
+    """vLLM's CPU attention; refuses what a rewritten table can not express, and steps aside in dense layers."""
 
-    def __init__(
-        self,
-        num_heads: int,
-        head_size: int,
-        scale: float,
-        num_kv_heads: int,
-        alibi_slopes: list[float] | None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> None:
-        refusals.check_alibi(alibi_slopes)
-        kv_cache.configure(get_current_vllm_config())
-        super().__init__(num_heads, head_size, scale, num_kv_heads, alibi_slopes, *args, **kwargs)
+    def __init__(self, *arguments: Any, **extra: Any) -> None:
+        self.remember(*arguments, **extra)
+        super().__init__(*arguments, **extra)
