@@ -102,7 +102,11 @@ def test_preemption(model: Path, worker: Worker, allowed: Allowed) -> None:
 
     # 14 pages each hold 1,792 tokens; one page is vLLM's own, so the last request to need its 15th finds none.
     worker.start(
-        model, enable_prefix_caching=False, max_model_len=2048, num_gpu_blocks_override=1 + 3 * 15 - 1
+        model,
+        enable_prefix_caching=False,
+        max_model_len=2048,
+        num_gpu_blocks_override=1 + 3 * 15 - 1,
+        additional_config={"power": {"reclaim": False}},
     )
     before = worker.call(generation.metrics)["vllm:num_preemptions"]
     results = worker.call(generation.greedy, prompts, STEPS, False)

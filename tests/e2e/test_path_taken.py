@@ -15,7 +15,12 @@ from vllm_power.pattern import POWER
 
 PROMPT = random_tokens(4000)
 STEPS = 120  # over the boundary at 4,096
-SMALL_CHUNKS = {"max_num_batched_tokens": 200, "enable_prefix_caching": False, "block_size": 64}
+SMALL_CHUNKS = {
+    "max_num_batched_tokens": 200,
+    "enable_prefix_caching": False,
+    "block_size": 64,
+    "additional_config": {"power": {"reclaim": False}},  # a request keeps its pages, to poison them
+}
 
 
 @pytest.fixture(scope="module")

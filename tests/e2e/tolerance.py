@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers_truth import Answer, load
@@ -23,11 +24,11 @@ class Allowed:
 
     @classmethod
     def by(
-        cls, model: Path, dtype: str, tokens: list[int], pattern: Pattern = POWER, kv_cache: str = "auto"
+        cls, model: Path, dtype: str, tokens: list[int], pattern: Pattern = POWER, **served: Any
     ) -> "Allowed":
-        """From transformers' own error in ``dtype`` on ``tokens``."""
-        correct = truth(model, tokens, pattern, kv_cache).logprobs
-        error = _answer(model, dtype, tuple(tokens), pattern, kv_cache).logprobs - correct
+        """From transformers' own error in ``dtype`` on ``tokens``; further arguments as for :func:`truth`."""
+        correct = truth(model, tokens, pattern, **served).logprobs
+        error = _answer(model, dtype, tuple(tokens), pattern, **served).logprobs - correct
         return cls(WORSE_AT_MOST[dtype] * rms(error), 2 * WORSE_AT_MOST[dtype] * error.abs().max().item())
 
     def check(self, logprobs: list[float] | torch.Tensor, expected: torch.Tensor) -> None:
@@ -39,8 +40,14 @@ class Allowed:
         assert worst <= self.worst
 
 
-def truth(model: Path, tokens: list[int], pattern: Pattern = POWER, kv_cache: str = "auto") -> Answer:
-    return _answer(model, "float64", tuple(tokens), pattern, kv_cache)
+def truth(
+    model: Path,
+    tokens: list[int],
+    pattern: Pattern = POWER,
+    kv_cache: str = "auto",
+    dense_layers: tuple[int, ...] = (),
+) -> Answer:
+    return _answer(model, "float64", tuple(tokens), pattern, kv_cache, dense_layers)
 
 
 def rms(error: torch.Tensor) -> float:
@@ -48,5 +55,12 @@ def rms(error: torch.Tensor) -> float:
 
 
 @cache
-def _answer(model: Path, dtype: str, tokens: tuple[int, ...], pattern: Pattern, kv_cache: str) -> Answer:
-    return load(model, getattr(torch, dtype), kv_cache).answer(list(tokens), pattern)
+def _answer(
+    model: Path,
+    dtype: str,
+    tokens: tuple[int, ...],
+    pattern: Pattern,
+    kv_cache: str = "auto",
+    dense_layers: tuple[int, ...] = (),
+) -> Answer:
+    return load(model, getattr(torch, dtype), kv_cache).answer(list(tokens), pattern, dense_layers)

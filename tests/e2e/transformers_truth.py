@@ -3,6 +3,8 @@
 In float64 it is the truth; in the engine's own dtype it shows what error that dtype makes in a correct computation.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -13,7 +15,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from vllm_power.kernels.reference import visibility_mask
 
-from vllm_power.pattern import Pattern
+from vllm_power.pattern import Pattern, preset
 
 
 @dataclass(frozen=True)
@@ -43,17 +45,31 @@ class Transformers:
                     _normalise_in_float64(module)
 
     @torch.inference_mode()
-    def answer(self, tokens: list[int], pattern: Pattern) -> Answer:
-        """The answer to ``tokens`` where the layers without a window of their own follow ``pattern``."""
-        logits = self.model(
-            torch.tensor([tokens]), attention_mask=self._masks(len(tokens), pattern), use_cache=False
-        ).logits
-        logprobs = (
-            logits[0, :-1].to(torch.float64 if self.dtype == torch.float64 else torch.float32).log_softmax(-1)
-        )
-        told = logprobs.gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
+    def answer(self, tokens: list[int], pattern: Pattern, dense_layers: tuple[int, ...] = ()) -> Answer:
+        """The answer to ``tokens`` where the layers follow ``pattern``, save for dense ones and any with a window."""
+        inputs = torch.tensor([tokens])
+        with self._dense(dense_layers, len(tokens)):
+            logits = self.model(
+                inputs, attention_mask=self._masks(len(tokens), pattern), use_cache=False
+            ).logits
+        logprobs = logits[0, :-1].to(torch.promote_types(self.dtype, torch.float32)).log_softmax(-1)
+        told = logprobs.gather(1, inputs[0, 1:, None])[:, 0]
         best = logprobs.max(-1)
         return Answer(told.double(), best.indices, (best.values - told).double())
+
+    @contextmanager
+    def _dense(self, layers: tuple[int, ...], length: int) -> Iterator[None]:
+        """These layers see all that is before a token, whatever mask the model hands them."""
+        causal = self._additive(visibility_mask(preset("full"), torch.arange(length), length))
+        hooks = [
+            self.model.model.layers[layer].self_attn.register_forward_pre_hook(
+                lambda module, inputs, named: (inputs, named | {"attention_mask": causal}), with_kwargs=True
+            )
+            for layer in layers
+        ]
+        yield
+        for hook in hooks:
+            hook.remove()
 
     def _masks(self, length: int, pattern: Pattern) -> torch.Tensor | dict[str, torch.Tensor]:
         positions = torch.arange(length)
