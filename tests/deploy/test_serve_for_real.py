@@ -1,0 +1,135 @@
+"""The image's start script in front of the real vLLM on a CPU: one server, started, asked, and drained by SIGTERM."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+from manifests import ROOT
+
+from vllm_power.demo.model import make_model
+from vllm_power.demo.server import free_port
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+
+SERVE = ROOT / "docker" / "serve.py"
+HEALTH = ROOT / "docker" / "health.py"
+BIN = Path(sys.executable).parent
+
+
+class Server:
+    """A running start script: its process, where it answers, and its log."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model = str(make_model(folder / "model", num_layers=2, vocab_size=512, max_positions=8192))
+        self.port = free_port()
+        self.log = folder / "log"
+        self.opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        writable = folder / "cache"
+        writable.mkdir()
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [
+                    sys.executable,
+                    SERVE,
+                    self.model,
+                    f"--port={self.port}",
+                    "--max-model-len=4096",
+                    "--shutdown-timeout=60",
+                    # As in the images, a uid without a home; compiling is left to tests/e2e.
+                    "--enforce-eager",
+                ],
+                env={
+                    "PATH": f"{BIN}:{os.environ['PATH']}",
+                    "HOME": str(writable),
+                    "XDG_CACHE_HOME": str(writable),
+                    "HF_HOME": str(writable),
+                    "HF_HUB_OFFLINE": "1",
+                    "VLLM_CACHE_ROOT": str(writable / "vllm"),
+                    "VLLM_CPU_KVCACHE_SPACE": "1",
+                    "VLLM_NO_USAGE_STATS": "1",
+                    "PYTHONUNBUFFERED": "1",
+                },
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def wait(self, seconds: float) -> None:
+        """Return once /health answers."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and self.process.poll() is None:
+            try:
+                with self.ask("/health"):
+                    return
+            except OSError:
+                time.sleep(0.5)
+        pytest.fail(f"the server did not start:\n{self.log.read_text()[-3000:]}")
+
+    def ask(self, path: str, body: dict | None = None):
+        """Return the open answer to a request."""
+        data = None if body is None else json.dumps(body).encode()
+        url = f"http://127.0.0.1:{self.port}{path}"
+        request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+        return self.opener.open(request, timeout=60)
+
+    def healthy(self) -> bool:
+        """Run the image's health check as it runs in the image, with the script as the first process."""
+        check = [sys.executable, HEALTH, f"/proc/{self.process.pid}/cmdline"]
+        return subprocess.run(check, capture_output=True, check=False).returncode == 0
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    made = Server(tmp_path_factory.mktemp("serve"))
+    try:
+        yield made
+    finally:
+        if made.process.poll() is None:
+            os.killpg(made.process.pid, signal.SIGKILL)
+            made.process.wait()
+
+
+def test_start_answer_and_drain(server):
+    assert not server.healthy()
+    server.wait(300)
+    assert server.healthy()
+    body = {
+        "model": server.model,
+        "prompt": "One, two, three,",
+        "max_tokens": 800,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    with server.ask("/v1/completions", body) as stream:
+        stream.readline()
+        server.process.send_signal(signal.SIGTERM)
+        lines = [line.strip() for line in stream if line.strip()]
+    assert lines[-1] == b"data: [DONE]", lines[-3:]
+    usage = json.loads(lines[-2].removeprefix(b"data: "))["usage"]
+    assert usage["completion_tokens"] == 800
+    assert server.process.wait(60) == 0, server.log.read_text()[-3000:]
+
+
+def test_the_log_has_what_the_start_check_looks_for(server, tmp_path):
+    """Without the backend's line the same log stops the server: a real log, played back by a stand-in for vLLM."""
+    log = server.log.read_text(errors="replace")
+    assert 0 < log.index("PowerAttention: ") < log.index("Starting vLLM server on ")
+    assert "executor cpu; 2 of 2 attention layers" in log
+    silent = [line for line in log.splitlines() if "PowerAttention: " not in line]
+    for name, lines, status in (("whole", log.splitlines(), 1), ("silent", silent, 3)):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "log").write_text("\n".join(lines) + "\n")
+        (folder / "vllm").write_text(f"#!/bin/sh\ncat {folder}/log\n")
+        (folder / "vllm").chmod(0o755)
+        environment = {"PATH": f"{folder}:{os.environ['PATH']}"}
+        done = subprocess.run([sys.executable, SERVE, "m"], env=environment, capture_output=True, check=False)
+        assert done.returncode == status, name
