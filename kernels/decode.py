@@ -11,11 +11,12 @@ import functools
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 from vllm_power.kernels import tuning
 from vllm_power.kernels.arguments import check_tensors
-from vllm_power.kernels.merge import merge, pieces_in_use
+from vllm_power.kernels.merge import merge
 from vllm_power.kernels.plan import Plan
-from vllm_power.kernels.primitives import LOG2_E, NO_MAXIMUM, attend
+from vllm_power.kernels.primitives import LOG2_E, NO_MAXIMUM, attend, load_pages
 
 # Rows (query tokens times heads of a group) that one tile takes; longer queries are prefill's.
 MAX_ROWS = 128
@@ -41,10 +42,14 @@ def _decode_kernel(
     value_strides,
     output_strides,
     page_table_stride,
+    max_keys,
+    max_query_len,
     num_kv_heads,
     num_pieces,
     GROUP: tl.constexpr,
     SPLIT: tl.constexpr,
+    ONE_TILE: tl.constexpr,
+    OVERLAP_MERGE: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     PRECISION: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
@@ -53,6 +58,8 @@ def _decode_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    if OVERLAP_MERGE:
+        gdc_launch_dependents()  # merge may start: it waits for the end of this kernel where it needs to
     program = tl.program_id(0)
     piece = program % num_pieces
     kv_head = program // num_pieces % num_kv_heads
@@ -61,8 +68,12 @@ def _decode_kernel(
     start = tl.load(query_start_loc + segment)
     num_tokens = tl.load(query_start_loc + segment + 1) - start
     num_keys = tl.load(key_lens + segment)
-    used, piece_keys = pieces_in_use(num_keys, num_pieces, BLOCK_N)
-    if (num_tokens <= 0) | (piece >= used):
+    pages = page_table + segment.to(tl.int64) * page_table_stride
+    # Piece p has the tiles p, p + num_pieces, and so on.
+    first_key = piece * BLOCK_N
+    if ONE_TILE:  # asked for before num_keys has arrived, so that the two are under way together
+        page = load_pages(pages, first_key, max_keys, PAGE_SIZE, BLOCK_N)
+    if (num_tokens <= 0) | (first_key >= num_keys):
         return
 
     # [BLOCK_M]: row r is token r // GROUP and head r % GROUP of the group; rows past the end repeat the last token
@@ -81,18 +92,25 @@ def _decode_kernel(
         scale *= tl.load(k_scale)
     if not SOFT_CAP:
         scale *= LOG2_E
-    pages = page_table + segment.to(tl.int64) * page_table_stride
     key_cache += kv_head.to(tl.int64) * key_strides[2]
     value_cache += kv_head.to(tl.int64) * value_strides[2]
     accumulator = tl.zeros([BLOCK_M, HEAD_PAD], tl.float32)
     maximum = tl.full([BLOCK_M], NO_MAXIMUM, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    for first_key in range(piece * piece_keys, tl.minimum((piece + 1) * piece_keys, num_keys), BLOCK_N):
+    if ONE_TILE:
         accumulator, maximum, total = attend(
-            first_key, visible_keys, num_keys, query_tile, accumulator, maximum, total, key_cache, value_cache, pages,
+            page, first_key, visible_keys, num_keys, query_tile, accumulator, maximum, total, key_cache, value_cache,
             columns, key_strides, value_strides, scale, soft_cap, True, SOFT_CAP, PRECISION, HEAD_SIZE, PAGE_SIZE,
             BLOCK_N,
         )  # fmt: skip
+    else:
+        for key_tile in range(first_key, num_keys, num_pieces * BLOCK_N):
+            page = load_pages(pages, key_tile, num_keys, PAGE_SIZE, BLOCK_N)
+            accumulator, maximum, total = attend(
+                page, key_tile, visible_keys, num_keys, query_tile, accumulator, maximum, total, key_cache,
+                value_cache, columns, key_strides, value_strides, scale, soft_cap, True, SOFT_CAP, PRECISION,
+                HEAD_SIZE, PAGE_SIZE, BLOCK_N,
+            )  # fmt: skip
 
     # Only a later draft token's row may see keys of this piece; the others have a total of 0 and must not give NaN.
     accumulator /= tl.where(total == 0.0, 1.0, total)[:, None]
@@ -100,8 +118,9 @@ def _decode_kernel(
         accumulator *= tl.load(v_scale)
     stored = exists[:, None] & in_head[None, :]
     if SPLIT:
-        # [T, H, pieces, D] and [T, H, pieces]
-        partial_rows = ((start + token).to(tl.int64) * (num_kv_heads * GROUP) + head) * num_pieces + piece
+        # [segments, max_query_len, H, pieces, D] and the same without D
+        row = segment.to(tl.int64) * max_query_len + token
+        partial_rows = (row * (num_kv_heads * GROUP) + head) * num_pieces + piece
         tl.store(
             partial_output + partial_rows[:, None] * HEAD_SIZE + columns[None, :], accumulator, mask=stored
         )
@@ -131,14 +150,14 @@ def decode(
 ) -> None:
     """Write the attention of ``query`` over the plan's visible pages into ``output``. Arguments as for ``prefill``.
 
-    max_query_len: the most query tokens a segment of the plan can have; times the heads of a group, at most ``MAX_ROWS``.
+    max_query_len: the most query tokens a segment can have; times the heads of a group, at most ``MAX_ROWS``.
     workspace: float32 [at least ``workspace_size``], for the parts to be merged; without one it is allocated here.
-    num_pieces: into how many pieces to cut the keys; by default ``tuning.decode_splits`` says.
+    num_pieces: into how many pieces to cut the keys; by default ``tuning.decode_pieces`` says.
 
     Raises ValueError for shapes or strides that do not fit together.
     """
     check_tensors(query, key_cache, value_cache, output)
-    num_tokens, num_heads, head_size = query.shape
+    num_heads, head_size = query.shape[1:]
     page_size, num_kv_heads = key_cache.shape[1:3]
     group = num_heads // num_kv_heads
     if max_query_len * group > MAX_ROWS:
@@ -146,16 +165,17 @@ def decode(
             f"{max_query_len} query tokens of {group} heads are more than {MAX_ROWS} rows: prefill takes them"
         )
     settings = tuning.decode_settings(query.dtype, head_size, max_query_len * group)
+    max_keys = plan.page_table.shape[1] * page_size
+    max_tiles = triton.cdiv(max_keys, settings["BLOCK_N"])
     if num_pieces is None:
-        num_pieces = tuning.decode_splits(
-            plan.num_segments * num_kv_heads,
-            plan.page_table.shape[1] * page_size,
-            settings["BLOCK_N"],
-            _num_multiprocessors(query.device),
+        num_pieces = tuning.decode_pieces(
+            plan.num_segments * num_kv_heads, _num_multiprocessors(query.device)
         )
+    num_pieces = min(num_pieces, max_tiles)
+    overlap_merge = num_pieces > 1 and _can_overlap(query.device)
     partial_output = partial_lse = None
     if num_pieces > 1:
-        parts = min(num_tokens, plan.num_segments * max_query_len) * num_heads * num_pieces
+        parts = plan.num_segments * max_query_len * num_heads * num_pieces
         if workspace is None:
             workspace = torch.empty(parts * (head_size + 1), dtype=torch.float32, device=query.device)
         elif workspace.numel() < parts * (head_size + 1):
@@ -183,10 +203,14 @@ def decode(
         value_strides=value_cache.stride()[:3],
         output_strides=output.stride()[:2],
         page_table_stride=plan.page_table.stride(0),
+        max_keys=max_keys,
+        max_query_len=max_query_len,
         num_kv_heads=num_kv_heads,
         num_pieces=num_pieces,
         GROUP=group,
         SPLIT=num_pieces > 1,
+        ONE_TILE=num_pieces == max_tiles,
+        OVERLAP_MERGE=overlap_merge,
         SOFT_CAP=bool(soft_cap),
         PRECISION="ieee" if query.dtype == torch.float32 else None,
         HEAD_SIZE=head_size,
@@ -195,16 +219,30 @@ def decode(
         **settings,
     )
     if num_pieces > 1:
-        merge(partial_output, partial_lse, output, plan, max_query_len, num_pieces, settings["BLOCK_N"])
+        merge(
+            partial_output,
+            partial_lse,
+            output,
+            plan,
+            max_query_len,
+            num_pieces,
+            settings["BLOCK_N"],
+            overlap=overlap_merge,
+        )
 
 
 def workspace_size(
     num_heads: int, num_kv_heads: int, head_size: int, max_query_len: int, device: torch.device
 ) -> int:
     """How many float32 a workspace needs for any batch of segments of up to ``max_query_len`` tokens."""
-    # Pieces are cut only while there are fewer (segment, KV head) pairs than wanted programs: at most twice the wanted.
-    programs = 2 * tuning.wanted_programs(_num_multiprocessors(device))
+    programs = tuning.wanted_programs(_num_multiprocessors(device))
     return programs * max_query_len * (num_heads // num_kv_heads) * (head_size + 1)
+
+
+@functools.cache
+def _can_overlap(device: torch.device) -> bool:
+    """Whether a kernel may start before the one it depends on has ended (programmatic dependent launch)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @functools.cache

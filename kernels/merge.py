@@ -3,16 +3,9 @@
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 from vllm_power.kernels.plan import Plan
 from vllm_power.kernels.primitives import NO_MAXIMUM
-
-
-@triton.jit
-def pieces_in_use(num_keys, num_pieces, BLOCK_N: tl.constexpr):
-    """How many of num_pieces have keys, and how many keys each has (the last perhaps fewer): whole tiles."""
-    num_tiles = (num_keys + BLOCK_N - 1) // BLOCK_N
-    piece_tiles = tl.maximum((num_tiles + num_pieces - 1) // num_pieces, 1)
-    return (num_tiles + piece_tiles - 1) // piece_tiles, piece_tiles * BLOCK_N
 
 
 @triton.jit
@@ -26,23 +19,26 @@ def _merge_kernel(
     num_heads,
     num_pieces,
     max_query_len,
+    OVERLAP: tl.constexpr,
     PIECES_PAD: tl.constexpr,
     BLOCK_N: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_PAD: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    head = program % num_heads
-    segment = program // num_heads // max_query_len
-    start = tl.load(query_start_loc + segment)
-    token = start + program // num_heads % max_query_len
+    # [segments * max_query_len, H]
+    head = tl.program_id(0) % num_heads
+    row = tl.program_id(0) // num_heads
+    segment = row // max_query_len
+    token = tl.load(query_start_loc + segment) + row % max_query_len
     if token >= tl.load(query_start_loc + segment + 1):
         return
-    used, _ = pieces_in_use(tl.load(key_lens + segment), num_pieces, BLOCK_N)
+    used = tl.minimum(tl.cdiv(tl.load(key_lens + segment), BLOCK_N), num_pieces)
+    if OVERLAP:
+        gdc_wait()
 
     pieces = tl.arange(0, PIECES_PAD)
     columns = tl.arange(0, HEAD_PAD)
-    parts = (token.to(tl.int64) * num_heads + head) * num_pieces + pieces
+    parts = (row.to(tl.int64) * num_heads + head) * num_pieces + pieces
     # [PIECES_PAD]
     lse = tl.load(partial_lse + parts, mask=pieces < used, other=float("-inf"))
     weights = tl.exp2(lse - tl.maximum(tl.max(lse, 0), NO_MAXIMUM))
@@ -67,12 +63,14 @@ def merge(
     max_query_len: int,
     num_pieces: int,
     block_n: int,
+    overlap: bool = False,
 ) -> None:
     """Write the join of the pieces into ``output`` [T, H, D]; rows of no segment are left as they are.
 
-    partial_output: float32, [T, H, num_pieces, D] flat; each piece's own normalised output.
-    partial_lse: float32, [T, H, num_pieces] flat; the base-2 logarithm of each piece's softmax total.
-    block_n: the tile of keys that the pieces were cut along. Pieces past the segment's keys are never read.
+    partial_output: float32, [segments, max_query_len, H, num_pieces, D] flat; each piece's own normalised output.
+    partial_lse: float32, the same without D; the base-2 logarithm of each piece's softmax total.
+    block_n: the tile of keys that the pieces were dealt. Pieces past the segment's keys are never read.
+    overlap: start while the kernel before still runs and wait for its end only then; it must allow that.
     """
     num_heads, head_size = output.shape[1:]
     _merge_kernel[(plan.num_segments * max_query_len * num_heads,)](
@@ -85,9 +83,11 @@ def merge(
         num_heads=num_heads,
         num_pieces=num_pieces,
         max_query_len=max_query_len,
+        OVERLAP=overlap,
         PIECES_PAD=triton.next_power_of_2(num_pieces),
         BLOCK_N=block_n,
         HEAD_SIZE=head_size,
         HEAD_PAD=triton.next_power_of_2(head_size),
         num_warps=4,
+        **({"launch_pdl": True} if overlap else {}),
     )

@@ -8,10 +8,10 @@ its visible pages in order; only the last of them, where the segment's own token
 import torch
 import triton
 import triton.language as tl
-from vllm_power.kernels import tuning
+from vllm_power.kernels import prefill_hopper, tuning
 from vllm_power.kernels.arguments import check_tensors
 from vllm_power.kernels.plan import Plan
-from vllm_power.kernels.primitives import LOG2_E, NO_MAXIMUM, attend
+from vllm_power.kernels.primitives import LOG2_E, NO_MAXIMUM, attend, load_pages
 
 
 @triton.jit
@@ -83,14 +83,16 @@ def _prefill_kernel(
     maximum = tl.full([BLOCK_M], NO_MAXIMUM, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     for first_key in range(0, whole_tiles, BLOCK_N):
+        page = load_pages(pages, first_key, num_keys, PAGE_SIZE, BLOCK_N)
         accumulator, maximum, total = attend(
-            first_key, visible_keys, num_keys, query_tile, accumulator, maximum, total, key_cache, value_cache, pages,
+            page, first_key, visible_keys, num_keys, query_tile, accumulator, maximum, total, key_cache, value_cache,
             columns, key_strides, value_strides, scale, soft_cap, False, SOFT_CAP, PRECISION, HEAD_SIZE, PAGE_SIZE,
             BLOCK_N,
         )  # fmt: skip
     for first_key in range(whole_tiles, tile_end, BLOCK_N):
+        page = load_pages(pages, first_key, num_keys, PAGE_SIZE, BLOCK_N)
         accumulator, maximum, total = attend(
-            first_key, visible_keys, num_keys, query_tile, accumulator, maximum, total, key_cache, value_cache, pages,
+            page, first_key, visible_keys, num_keys, query_tile, accumulator, maximum, total, key_cache, value_cache,
             columns, key_strides, value_strides, scale, soft_cap, True, SOFT_CAP, PRECISION, HEAD_SIZE, PAGE_SIZE,
             BLOCK_N,
         )  # fmt: skip
@@ -132,6 +134,10 @@ def prefill(
     num_heads, head_size = query.shape[1:]
     page_size, num_kv_heads = key_cache.shape[1:3]
     group = num_heads // num_kv_heads
+    scaled = k_scale is not None or v_scale is not None
+    if max_query_len >= tuning.HOPPER_QUERY_LEN and not scaled and prefill_hopper.supports(query, key_cache):
+        prefill_hopper.prefill(query, key_cache, value_cache, output, plan, scale, soft_cap, max_query_len)
+        return
     settings = tuning.prefill_settings(query.dtype, key_cache.dtype, head_size, max_query_len * group)
     tiles_per_segment = triton.cdiv(max_query_len * group, settings["BLOCK_M"])
     grid = (tiles_per_segment * num_kv_heads * plan.num_segments,)

@@ -13,21 +13,23 @@ NO_MAXIMUM = tl.constexpr(-1.0e30)
 
 
 @triton.jit
-def key_offsets(
-    pages, first_key, num_keys, page_stride, token_stride, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr
-):
-    """int64 [BLOCK_N]: offsets into a cache of keys first_key .. of a segment; those at or past num_keys give page 0.
+def load_pages(pages, first_key, num_keys, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """int64: the page of keys first_key .. of a segment, or [BLOCK_N] where pages are smaller; 0 from num_keys on.
 
     pages: pointer to the segment's row of the plan's table. first_key: a multiple of BLOCK_N.
     """
     if PAGE_SIZE >= BLOCK_N:  # one page holds the whole tile
-        page = tl.load(pages + first_key // PAGE_SIZE).to(tl.int64)
-        slots = first_key % PAGE_SIZE + tl.arange(0, BLOCK_N)
-        return page * page_stride + slots * token_stride
+        return tl.load(pages + first_key // PAGE_SIZE).to(tl.int64)
     else:
         keys = first_key + tl.arange(0, BLOCK_N)
-        page = tl.load(pages + keys // PAGE_SIZE, mask=keys < num_keys, other=0).to(tl.int64)
-        return page * page_stride + (keys % PAGE_SIZE) * token_stride
+        return tl.load(pages + keys // PAGE_SIZE, mask=keys < num_keys, other=0).to(tl.int64)
+
+
+@triton.jit
+def key_offsets(page, first_key, page_stride, token_stride, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """int64 [BLOCK_N]: offsets into a cache of keys first_key .. of a segment. page: as ``load_pages`` gives it."""
+    slots = (first_key + tl.arange(0, BLOCK_N)) % PAGE_SIZE
+    return page * page_stride + slots * token_stride
 
 
 @triton.jit
@@ -75,6 +77,7 @@ def online_softmax(scores, maximum, total):
 
 @triton.jit
 def attend(
+    page,
     first_key,
     visible_keys,
     num_keys,
@@ -84,7 +87,6 @@ def attend(
     total,
     key_cache,
     value_cache,
-    pages,
     columns,
     key_strides,
     value_strides,
@@ -99,20 +101,21 @@ def attend(
 ):
     """Attend to the tile of keys that begins at first_key; returns accumulator, maximum and total.
 
+    page: the tile's, as ``load_pages`` gives it.
     visible_keys: int32 [BLOCK_M], how many of the segment's keys each row sees; looked at only where MASK.
     """
     # [BLOCK_N, HEAD_PAD]
-    offsets = key_offsets(pages, first_key, num_keys, key_strides[0], key_strides[1], PAGE_SIZE, BLOCK_N)
+    offsets = key_offsets(page, first_key, key_strides[0], key_strides[1], PAGE_SIZE, BLOCK_N)
     key = load_tile(key_cache, offsets, columns, num_keys - first_key, MASK, HEAD_SIZE).to(query.dtype)
+    # [BLOCK_N, HEAD_PAD]: asked for before the keys are used, so that both are under way together
+    offsets = key_offsets(page, first_key, value_strides[0], value_strides[1], PAGE_SIZE, BLOCK_N)
+    value = load_tile(value_cache, offsets, columns, num_keys - first_key, MASK, HEAD_SIZE).to(query.dtype)
     # [BLOCK_M, BLOCK_N]
     scores = base2_scores(query, key, scale, soft_cap, SOFT_CAP, PRECISION)
     if MASK:
         keys = first_key + tl.arange(0, BLOCK_N)
         scores = tl.where(keys[None, :] < visible_keys[:, None], scores, float("-inf"))
     weights, decay, maximum, total = online_softmax(scores, maximum, total)
-    # [BLOCK_N, HEAD_PAD]
-    offsets = key_offsets(pages, first_key, num_keys, value_strides[0], value_strides[1], PAGE_SIZE, BLOCK_N)
-    value = load_tile(value_cache, offsets, columns, num_keys - first_key, MASK, HEAD_SIZE).to(query.dtype)
     # [BLOCK_M, HEAD_PAD]
     accumulator = tl.dot(
         weights.to(query.dtype), value, accumulator * decay[:, None], input_precision=PRECISION

@@ -88,7 +88,7 @@ def test_splits_a_small_batch_and_not_a_large_one(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     merges = []
-    monkeypatch.setattr(decode_module, "merge", lambda *arguments: merges.append(arguments))
+    monkeypatch.setattr(decode_module, "merge", lambda *arguments, **options: merges.append(arguments))
     monkeypatch.setattr(tuning, "wanted_programs", lambda num_multiprocessors: 8)
     for batch in (1, 4):
         step = make_step(SMALL, [Request(200, 1)] * batch, 64)
