@@ -1,13 +1,14 @@
 """YAML, shell scripts and workflows: lint and schemas."""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from manifests import ROOT
+from manifests import CHART, ROOT
 
 BIN = Path(sys.executable).parent
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
@@ -49,8 +50,6 @@ def test_yaml():
 
 
 def test_rendered_chart_is_clean_yaml(helm, tmp_path):
-    from manifests import CHART
-
     done = helm("template", "release", str(CHART), "--set", "model.name=some/model,keda.enabled=true")
     file = tmp_path / "rendered.yaml"
     file.write_text(done.stdout)
@@ -118,3 +117,53 @@ def test_workflow_runs_what_a_developer_runs(workflow):
             script = step.get("run", "")
             assert set(re.findall(r"\bmake ([a-z-]+)", script)) <= targets
             assert "github.event" not in script and "github.head_ref" not in script
+
+
+# --- docs/deploy.md ------------------------------------------------------------------------------------------------
+
+
+def documented(program: str) -> list[list[str]]:
+    """Return the words of every use of a program in the shell blocks of the pages on deployment."""
+    found = []
+    for page in (ROOT / "docs" / "deploy.md", CHART / "README.md"):
+        for block in re.findall(r"^```sh\n(.*?)^```", page.read_text(), flags=re.M | re.S):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                if program in words:
+                    found.append(words[words.index(program) + 1 :])
+    return found
+
+
+@pytest.mark.parametrize("program", ["docker", "helm", "kubectl"])
+def test_documented_files_exist(program):
+    commands = documented(program)
+    assert commands
+    for words in commands:
+        for word in words:
+            if word.startswith(("deploy/", "docker/")):
+                assert (ROOT / word).exists(), word
+
+
+def test_documented_helm_commands_render(helm):
+    installs = [
+        words for words in documented("helm") if words[0] == "install" and words[2].startswith("deploy/")
+    ]
+    assert len(installs) >= 2
+    for words in installs:
+        done = helm("template", *words[1:])
+        assert done.returncode == 0, done.stderr
+
+
+def test_documented_arguments_of_the_image_start_the_server():
+    """`docker run ... IMAGE ARGUMENTS`: the start script takes the arguments as they stand in the page."""
+    (words,) = [words for words in documented("docker") if words[0] == "run"]
+    image = next(index for index, word in enumerate(words) if word.startswith("vllm-power:"))
+    script = "import sys; sys.path.insert(0, 'docker'); import serve; print(*serve.command(sys.argv[1:], {}))"
+    done = subprocess.run(
+        [sys.executable, "-c", script, *words[image + 1 :]],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.startswith("vllm serve Qwen/") and done.stdout.endswith("--attention-backend=power\n")
