@@ -12,6 +12,7 @@ from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
+from vllm_power import executors
 from vllm_power.backend import PowerBackend
 from vllm_power.impl import PowerImpl
 from vllm_power.metadata import PowerMetadata, PowerMetadataBuilder
@@ -140,3 +141,23 @@ def test_capabilities(config):
 def test_alibi_is_refused_by_the_layer(config):
     with set_current_vllm_config(config), pytest.raises(ValueError, match="ALiBi"):
         PowerImpl(4, 64, 0.125, 2, [0.5] * 4, None, "auto")
+
+
+@pytest.mark.parametrize("name", ["triton", "reference"])
+def test_executors_agree_with_the_oracle(config, builder, name):
+    step = make_step(PATTERN, [Request(300, 1), Request(0, 90), Request(200, 130)], PAGE_SIZE, 4, 2, 64)
+    metadata = metadata_of(builder, step)
+    for part in metadata.parts:
+        part.attend = executors.load(name)
+    output = attend(config, step, metadata)
+    torch.testing.assert_close(output.double(), step.oracle(PATTERN, 0.125), rtol=1e-4, atol=1e-5)
+
+
+def test_choice_of_executors():
+    assert executors.choose("flash_attn", (9, 0), False) == executors.Choice("flash_attn", "flash_attn")
+    assert executors.choose("auto", (8, 6), False) == executors.Choice("triton", "triton")
+    assert executors.choose("auto", None, False) == executors.Choice("triton", "triton")
+    measured = executors.choose("auto", (9, 0), False)
+    assert {measured.prefill, measured.decode} <= set(executors.GPU_EXECUTORS)
+    assert executors.choose("auto", (9, 0), True) == executors.Choice("triton", "triton")
+    assert str(executors.Choice("flash_attn", "triton")) == "flash_attn (decode: triton)"

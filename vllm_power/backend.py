@@ -3,7 +3,7 @@
 from typing import ClassVar
 
 import torch
-from vllm.config import get_current_vllm_config_or_none
+from vllm.config import VllmConfig, get_current_vllm_config_or_none
 from vllm.config.cache import CacheDType
 from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
@@ -11,7 +11,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_power import kv_cache, options
 from vllm_power.impl import PowerImpl
-from vllm_power.metadata import PowerMetadataBuilder
+from vllm_power.metadata import PowerMetadataBuilder, executors_of
 from vllm_power.plugin import NAME
 
 # The page that the kernels like best: 128 tokens hold a whole tile of keys (docs/kernels-notes.md).
@@ -67,6 +67,6 @@ class PowerBackend(AttentionBackend):
         return capability >= DeviceCapability(8, 0)
 
     @classmethod
-    def executor_name(cls) -> str:
+    def executor_name(cls, vllm_config: VllmConfig) -> str:
         """What runs the plan, for the start-up line."""
-        return "triton"
+        return str(executors_of(vllm_config))

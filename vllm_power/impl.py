@@ -7,7 +7,6 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
-from vllm_power import executors
 from vllm_power.hybrid import LayerImpl
 from vllm_power.metadata import PowerMetadata
 
@@ -68,7 +67,7 @@ class PowerImpl(LayerImpl, AttentionImpl[PowerMetadata]):
             key_cache, value_cache = key_cache.view(fp8), value_cache.view(fp8)
         tokens = attn_metadata.num_actual_tokens
         for part in attn_metadata.parts:
-            executors.attend(
+            part.attend(
                 part,
                 query[:tokens],
                 key_cache,

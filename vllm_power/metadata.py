@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 import torch
 from vllm.config import VllmConfig
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder, CommonAttentionMetadata
 from vllm.v1.attention.backends.utils import get_num_attention_heads_from_layers, split_decodes_and_prefills
-from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec, is_quantized_kv_cache
 
-from vllm_power import options
+from vllm_power import executors, options
 from vllm_power.executors import Part
 from vllm_power.kernels import decode
 from vllm_power.kernels.plan import VisibleBlocks
@@ -49,6 +50,11 @@ class PowerMetadataBuilder(AttentionMetadataBuilder[PowerMetadata]):
         pattern = options.of_config(vllm_config).effective_pattern
         visible = VisibleBlocks.of(pattern, model.max_model_len, device)
         self.block_size = pattern.block_size
+        choice = executors_of(vllm_config)
+        self.prefill_attend, self.decode_attend = (
+            executors.load(choice.prefill),
+            executors.load(choice.decode),
+        )
         page_size = kv_cache_spec.block_size
         requests, tokens = scheduler.max_num_seqs, scheduler.max_num_batched_tokens
         self.decodes = PlanBuilder(visible, page_size, requests, requests * self.decode_len)
@@ -63,6 +69,8 @@ class PowerMetadataBuilder(AttentionMetadataBuilder[PowerMetadata]):
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec) -> AttentionCGSupport:
+        if "reference" in str(executors_of(vllm_config)):
+            return AttentionCGSupport.NEVER
         return AttentionCGSupport.UNIFORM_BATCH
 
     def build(
@@ -101,4 +109,15 @@ class PowerMetadataBuilder(AttentionMetadataBuilder[PowerMetadata]):
             num_tokens,
             max_query_len,
         )
-        return Part(plan, min(max_query_len, self.block_size), is_decode, self.workspace)
+        attend = self.decode_attend if is_decode else self.prefill_attend
+        return Part(plan, min(max_query_len, self.block_size), is_decode, self.workspace, attend)
+
+
+def executors_of(vllm_config: VllmConfig) -> executors.Choice:
+    """The executors of this engine on this GPU."""
+    capability = current_platform.get_device_capability()
+    return executors.choose(
+        options.of_config(vllm_config).executor,
+        tuple(capability) if capability else None,
+        is_quantized_kv_cache(vllm_config.cache_config.cache_dtype),
+    )

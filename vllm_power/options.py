@@ -83,6 +83,10 @@ class PatternOptions(BaseModel):
 class PowerOptions(PatternOptions):
     """Everything under ``power`` in ``--additional-config``."""
 
+    executor: Literal["auto", "cpu", "triton", "flash_attn", "reference"] = Field(
+        "auto",
+        description="which kernels run the plan; auto takes the fastest that was measured for the device",
+    )
     reclaim: bool = Field(True, description="give KV blocks back as soon as no later query can see them")
     override_checkpoint: bool = Field(
         False, description="let the command line's pattern win over a different one in the checkpoint"

@@ -22,12 +22,15 @@ CPU_BACKEND = "vllm_power.executors.cpu.PowerCpuBackend"
 class PowerPlatform:
     """Overrides of vLLM's Platform (vllm/platforms/interface.py) on every device."""
 
+    device_type: str
+
     @classmethod
     def check_and_update_config(cls, vllm_config: "VllmConfig") -> None:
         """Called once the configuration is complete, before anything is started. Raises ValueError to refuse it."""
         super().check_and_update_config(vllm_config)  # type: ignore[misc]
         if is_selected(vllm_config):
             refusals.check_config(vllm_config)
+            refusals.check_executor(vllm_config, on_cpu=cls.device_type == "cpu")
 
     @classmethod
     def get_attn_backend_cls(
@@ -94,7 +97,7 @@ def _report(vllm_config: "VllmConfig") -> None:
         str(pattern),
         100 * pattern.density(max_len),
         max_len,
-        sparse[0].executor_name(),
+        sparse[0].executor_name(vllm_config),
         len(sparse),
         len(layers),
         f" (not {', '.join(map(str, dense))})" if dense else "",

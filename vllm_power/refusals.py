@@ -33,6 +33,19 @@ def check_config(vllm_config: "VllmConfig") -> None:
         check_page_size(vllm_config)
 
 
+def check_executor(vllm_config: "VllmConfig", on_cpu: bool) -> None:
+    """Refuse an executor that this device or this KV cache can not have. Raises ValueError."""
+    executor = options.of_config(vllm_config).executor
+    if executor != "auto" and (executor == "cpu") is not on_cpu:
+        where = "a CPU" if on_cpu else "a GPU"
+        _refuse(f"the executor {executor} does not run on {where}", "Leave out the option executor.")
+    if executor == "flash_attn" and vllm_config.cache_config.cache_dtype.startswith("fp8"):
+        _refuse(
+            "the executor flash_attn reads an fp8 KV cache only with quantised queries",
+            'Use the executor "triton".',
+        )
+
+
 def check_page_size(vllm_config: "VllmConfig") -> None:
     """Refuse a page that does not divide the pattern's block. Raises ValueError."""
     pattern = options.of_config(vllm_config).effective_pattern

@@ -1,10 +1,28 @@
-"""Executors: each runs ordinary causal paged attention over the same plan, on its own kernels."""
+"""Executors: each runs ordinary causal paged attention over the same plan, on its own kernels.
 
+An executor is a function :data:`Attend`; ``executors.NAME.attend``. The CPU's is different: there the plan goes through
+vLLM's own backend (``executors.cpu``).
+"""
+
+import importlib
+import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from vllm_power.kernels.plan import Plan
+
+# (part, query, key_cache, value_cache, output, scale, soft_cap, k_scale, v_scale): writes the attention of the part's
+# tokens into output. query, output: [T, H, D]; key_cache, value_cache: [pages, page_size, G, D]; the rest as in
+# kernels.prefill.
+Attend = Callable[..., None]
+
+GPU_EXECUTORS = ("triton", "flash_attn", "reference")
+FASTEST = Path(__file__).with_name("fastest.json")
 
 
 @dataclass
@@ -18,33 +36,38 @@ class Part:
     max_query_len: int
     is_decode: bool
     workspace: torch.Tensor
+    attend: Attend
 
 
-def attend(
-    part: Part,
-    query: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    output: torch.Tensor,
-    scale: float,
-    soft_cap: float,
-    k_scale: torch.Tensor | None,
-    v_scale: torch.Tensor | None,
-) -> None:
-    """Write the attention of the part's tokens into ``output``, on our Triton kernels.
+@dataclass(frozen=True)
+class Choice:
+    """The executors of a server: one for prefill, one for decode."""
 
-    query, output: [T, H, D]. key_cache, value_cache: [pages, page_size, G, D]. The rest as in ``kernels.prefill``.
+    prefill: str
+    decode: str
+
+    def __str__(self) -> str:
+        return self.prefill if self.prefill == self.decode else f"{self.prefill} (decode: {self.decode})"
+
+
+def choose(asked: str, capability: tuple[int, int] | None, is_fp8: bool) -> Choice:
+    """The executors for the option ``executor``; ``auto`` takes the faster of each kind as the benchmark found it.
+
+    capability: the GPU's, None without one. One that was not measured gets our own kernels, which run on all.
     """
-    from vllm_power.kernels.decode import decode
-    from vllm_power.kernels.prefill import prefill
+    if asked != "auto":
+        return Choice(asked, asked)
+    measured = _fastest().get(".".join(map(str, capability or ())), {})
+    names = {kind: measured.get(kind, "triton") for kind in ("prefill", "decode")}
+    return Choice(**{kind: "triton" if is_fp8 else name for kind, name in names.items()})
 
-    if part.is_decode:
-        decode(
-            query, key_cache, value_cache, output, part.plan, scale, soft_cap, k_scale, v_scale,
-            max_query_len=part.max_query_len, workspace=part.workspace,
-        )  # fmt: skip
-    else:
-        prefill(
-            query, key_cache, value_cache, output, part.plan, scale, soft_cap, k_scale, v_scale,
-            max_query_len=part.max_query_len,
-        )  # fmt: skip
+
+def load(name: str) -> Attend:
+    """The function of the executor ``name``, one of ``GPU_EXECUTORS``."""
+    return importlib.import_module(f"vllm_power.executors.{name}").attend
+
+
+@cache
+def _fastest() -> dict[str, Any]:
+    """{compute capability: {"prefill": executor, "decode": executor}}, written by ``vllm-power bench kernels``."""
+    return json.loads(FASTEST.read_text())

@@ -28,7 +28,7 @@ class PowerCpuBackend(CPUAttentionBackend):
     """PowerAttention on a CPU."""
 
     @classmethod
-    def executor_name(cls) -> str:
+    def executor_name(cls, vllm_config: VllmConfig) -> str:
         return "cpu"
 
     @staticmethod

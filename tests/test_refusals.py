@@ -1,0 +1,65 @@
+"""Refusals that need no engine: each names the cause and the remedy."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from vllm_power import refusals
+
+
+def config(power=None, block_size=128, cache_dtype="auto"):
+    return SimpleNamespace(
+        additional_config={"power": power or {}},
+        model_config=None,
+        cache_config=SimpleNamespace(block_size=block_size, cache_dtype=cache_dtype),
+    )
+
+
+@pytest.mark.parametrize("page", [16, 32, 64, 128, 256])
+def test_a_page_that_divides_the_block(page):
+    refusals.check_page_size(config(block_size=page))
+
+
+@pytest.mark.parametrize("page, block", [(96, 256), (512, 256), (128, 64)])
+def test_a_page_that_does_not(page, block):
+    with pytest.raises(
+        ValueError, match=rf"{page} tokens does not divide the pattern's block of {block}.*--block-size"
+    ):
+        refusals.check_page_size(config({"block_size": block}, page))
+
+
+@pytest.mark.parametrize(
+    "executor, on_cpu, refused",
+    [
+        ("auto", True, False),
+        ("cpu", True, False),
+        ("triton", True, True),
+        ("cpu", False, True),
+        ("triton", False, False),
+    ],
+)
+def test_executors_run_where_they_can(executor, on_cpu, refused):
+    if not refused:
+        refusals.check_executor(config({"executor": executor}), on_cpu)
+        return
+    with pytest.raises(ValueError, match=f"executor {executor} does not run on a .*Leave out"):
+        refusals.check_executor(config({"executor": executor}), on_cpu)
+
+
+def test_flash_attention_over_fp8_is_refused():
+    with pytest.raises(ValueError, match="fp8.*triton"):
+        refusals.check_executor(config({"executor": "flash_attn"}, cache_dtype="fp8_e4m3"), on_cpu=False)
+
+
+def test_no_layer_left():
+    refusals.check_any_layer(1, 2)
+    with pytest.raises(ValueError, match="none of the 2 attention layers.*hf-overrides"):
+        refusals.check_any_layer(0, 2)
+
+
+def test_dense_layers_over_fp8():
+    wants_quantised = SimpleNamespace(supports_quant_query_input=True)
+    refusals.check_dense_layer(wants_quantised, "auto")
+    refusals.check_dense_layer(SimpleNamespace(), "fp8")
+    with pytest.raises(ValueError, match="Leave out dense_layers"):
+        refusals.check_dense_layer(wants_quantised, "fp8")
