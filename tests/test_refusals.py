@@ -42,18 +42,18 @@ def test_executors_run_where_they_can(executor, on_cpu, refused):
     if not refused:
         refusals.check_executor(config({"executor": executor}), on_cpu)
         return
-    with pytest.raises(ValueError, match=f"executor {executor} does not run on a .*Leave out"):
+    with pytest.raises(ValueError, match=rf"executor {executor} does not run on a .*Leave out"):
         refusals.check_executor(config({"executor": executor}), on_cpu)
 
 
 def test_flash_attention_over_fp8_is_refused():
-    with pytest.raises(ValueError, match="fp8.*triton"):
+    with pytest.raises(ValueError, match=r"fp8.*triton"):
         refusals.check_executor(config({"executor": "flash_attn"}, cache_dtype="fp8_e4m3"), on_cpu=False)
 
 
 def test_no_layer_left():
     refusals.check_any_layer(1, 2)
-    with pytest.raises(ValueError, match="none of the 2 attention layers.*hf-overrides"):
+    with pytest.raises(ValueError, match=r"none of the 2 attention layers.*hf-overrides"):
         refusals.check_any_layer(0, 2)
 
 

@@ -1,5 +1,7 @@
 """vLLM's own FlashAttention over the plan (vllm/vllm_flash_attn/flash_attn_interface.py)."""
 
+from functools import cache
+
 import torch
 from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
 from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
@@ -33,5 +35,8 @@ def attend(
         causal=True,
         block_table=plan.page_table,
         softcap=soft_cap,
-        fa_version=get_flash_attn_version(),
+        fa_version=_version(),
     )
+
+
+_version = cache(get_flash_attn_version)
