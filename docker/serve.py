@@ -18,8 +18,10 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import entry_points
+from typing import BinaryIO
 
 ACTIVE = b"PowerAttention: "
 # vLLM logs this when the engine is up, just before it listens (entrypoints/launchers/api_server/entry.py).
@@ -92,44 +94,54 @@ def run(server: Sequence[str], *, watch: bool) -> int:
     process = subprocess.Popen(
         server, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0
     )
-    stopped = False
+    stopped = threading.Event()
+    inactive = threading.Event()
 
-    def pass_on(number: int, _frame: object) -> None:
-        nonlocal stopped
-        stopped = True
+    def forward(number: int, _frame: object) -> None:
+        stopped.set()
         if process.poll() is None:
             process.send_signal(number)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, pass_on)
+    def give_up() -> None:
+        complain("vLLM is up, but no layer reported PowerAttention: it is stopped, not left serving dense.")
+        inactive.set()
+        process.terminate()
 
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, forward)
     assert process.stdout is not None
-    failed = False
+    output = threading.Thread(target=pass_on, args=(process.stdout, give_up if watch else None), daemon=True)
+    output.start()
+    status = process.wait()
+    # Not for ever: a process that the server left behind may keep its end of the pipe open.
+    output.join(timeout=5)
+    if inactive.is_set():
+        return NOT_ACTIVE
+    if status < 0:
+        return 128 - status
+    if status == 0 and not stopped.is_set():
+        complain("vLLM ended by itself; that is a failure, whatever its exit status.")
+        return 1
+    return status
+
+
+def pass_on(output: BinaryIO, give_up: Callable[[], None] | None) -> None:
+    """Copy a server's output to ours. Calls give_up, if any, when the server listens but did not report the backend."""
     rest = b""
-    while chunk := process.stdout.read(65536):
+    while chunk := output.read(65536):
         sys.stdout.buffer.write(chunk)
         sys.stdout.buffer.flush()
-        if not watch:
+        if give_up is None:
             continue
         *lines, rest = re.split(rb"[\r\n]", rest + chunk)
         for line in lines:
             if ACTIVE in line:
-                watch = False
-            elif LISTENING in line and watch:
-                watch, failed = False, True
-                complain(
-                    "vLLM is up, but no layer reported PowerAttention: it is stopped, not left serving dense."
-                )
-                process.terminate()
-    status = process.wait()
-    if failed:
-        return NOT_ACTIVE
-    if status < 0:
-        return 128 - status
-    if status == 0 and not stopped:
-        complain("vLLM ended by itself; that is a failure, whatever its exit status.")
-        return 1
-    return status
+                give_up = None
+                break
+            if LISTENING in line:
+                give_up()
+                give_up = None
+                break
 
 
 def complain(message: str) -> None:

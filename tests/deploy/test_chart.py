@@ -254,7 +254,9 @@ def test_every_default_is_in_the_schema_and_described():
 
 def test_pattern_options_are_those_of_the_plugin():
     named = SCHEMA["properties"]["power"]["properties"]
-    assert named.keys() == PowerOptions.model_fields.keys(), "mend `power` in deploy/helm/vllm-power/values.schema.json"
+    assert named.keys() == PowerOptions.model_fields.keys(), (
+        "mend `power` in deploy/helm/vllm-power/values.schema.json"
+    )
     options = PowerOptions.model_json_schema()["properties"]
     for name, option in options.items():
         if "enum" in option:

@@ -161,6 +161,12 @@ def test_a_killed_server_has_the_shells_status(script):
     assert finish(script("kill -9 $$", "m"))[0] == 137
 
 
+def test_what_the_server_leaves_behind_does_not_hold_the_container(script):
+    started = time.monotonic()
+    assert finish(script("sleep 60 & exit 9", "m"))[0] == 9
+    assert time.monotonic() - started < 15
+
+
 # --- health --------------------------------------------------------------------------------------------------------
 
 
