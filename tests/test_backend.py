@@ -18,6 +18,7 @@ from vllm_power.impl import PowerImpl
 from vllm_power.metadata import PowerMetadata, PowerMetadataBuilder
 from vllm_power.pattern import preset
 from vllm_power.plugin import NAME, register
+from vllm_power.warmup import warm_up
 
 register()
 PATTERN = preset("power", block_size=32, window_blocks=2)
@@ -161,3 +162,23 @@ def test_choice_of_executors():
     assert {measured.prefill, measured.decode} <= set(executors.GPU_EXECUTORS)
     assert executors.choose("auto", (9, 0), True) == executors.Choice("triton", "triton")
     assert str(executors.Choice("flash_attn", "triton")) == "flash_attn (decode: triton)"
+
+
+def test_warm_up_runs_every_size_class(config, builder, monkeypatch):
+    """Dummy steps over the null page: right kinds and sizes, and the layer's cache is left as it was."""
+    with set_current_vllm_config(config):
+        impl = PowerImpl(4, 64, 0.125, 2, None, None, "auto")
+    cache = torch.randn(3, 2, PAGE_SIZE, 128, device=DEVICE)
+    before = cache.clone()
+    layer = SimpleNamespace(impl=impl, kv_cache=cache, num_heads=4, head_size=64, dtype=torch.float32)
+    monkeypatch.setattr(builder, "layer_names", ["layer"])
+    monkeypatch.setitem(config.compilation_config.static_forward_context, "layer", layer)
+    seen = []
+    part = builder.part
+    monkeypatch.setattr(builder, "part", lambda *a: seen.append(a[3:]) or part(*a))
+    warm_up(builder)
+    assert [(tokens, is_decode) for tokens, _, is_decode in seen if not is_decode] == [
+        (tokens, False) for tokens in (2, 4, 8, 16, 32)
+    ]
+    assert [tokens for tokens, _, is_decode in seen if is_decode] == [1, 2, 4, 8]
+    assert torch.equal(cache, before)

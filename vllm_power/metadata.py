@@ -19,6 +19,7 @@ from vllm_power.executors import Part
 from vllm_power.kernels import decode
 from vllm_power.kernels.plan import VisibleBlocks
 from vllm_power.kernels.plan_gpu import PlanBuilder
+from vllm_power.warmup import warm_up
 
 
 @dataclass
@@ -56,9 +57,11 @@ class PowerMetadataBuilder(AttentionMetadataBuilder[PowerMetadata]):
             executors.load(choice.decode),
         )
         page_size = kv_cache_spec.block_size
-        requests, tokens = scheduler.max_num_seqs, scheduler.max_num_batched_tokens
-        self.decodes = PlanBuilder(visible, page_size, requests, requests * self.decode_len)
-        self.prefills = PlanBuilder(visible, page_size, requests, tokens)
+        self.max_num_reqs, max_num_tokens = scheduler.max_num_seqs, scheduler.max_num_batched_tokens
+        self.decodes = PlanBuilder(visible, page_size, self.max_num_reqs, self.max_num_reqs * self.decode_len)
+        self.prefills = PlanBuilder(visible, page_size, self.max_num_reqs, max_num_tokens)
+        self.pages_of_a_request = -(-model.max_model_len // page_size)
+        self.warmed_up = device.type == "cpu"  # nothing is compiled there
         self.workspace = torch.empty(
             decode.workspace_size(
                 num_heads, kv_cache_spec.num_kv_heads, kv_cache_spec.head_size, self.decode_len, device
@@ -84,33 +87,42 @@ class PowerMetadataBuilder(AttentionMetadataBuilder[PowerMetadata]):
         num_decodes, num_prefills, decode_tokens, prefill_tokens = split_decodes_and_prefills(
             step, self.decode_len
         )
+        if not self.warmed_up:
+            self.warmed_up = True
+            warm_up(self)
         parts = []
         if num_decodes:
-            parts.append(self._part(self.decodes, step, slice(0, num_decodes), decode_tokens, True))
+            rows = slice(0, num_decodes)
+            parts.append(self.part(*requests(step, rows), decode_tokens, step.max_query_len, is_decode=True))
         if num_prefills:
+            rows = slice(num_decodes, step.num_reqs)
             parts.append(
-                self._part(self.prefills, step, slice(num_decodes, step.num_reqs), prefill_tokens, False)
+                self.part(*requests(step, rows), prefill_tokens, step.max_query_len, is_decode=False)
             )
         return PowerMetadata(step.num_actual_tokens, tuple(parts))
 
-    def _part(
+    def part(
         self,
-        builder: PlanBuilder,
-        step: CommonAttentionMetadata,
-        rows: slice,
+        query_start_loc: torch.Tensor,
+        seq_lens: torch.Tensor,
+        page_table: torch.Tensor,
         num_tokens: int,
+        max_query_len: int,
         is_decode: bool,
     ) -> Part:
-        max_query_len = min(step.max_query_len, self.decode_len) if is_decode else step.max_query_len
-        plan = builder.build(
-            step.query_start_loc[rows.start : rows.stop + 1],
-            step.seq_lens[rows],
-            step.block_table_tensor[rows],
-            num_tokens,
-            max_query_len,
+        """The part of a step that these requests are; the tensors and bounds are those of ``PlanBuilder.build``."""
+        builder, attend = (
+            (self.decodes, self.decode_attend) if is_decode else (self.prefills, self.prefill_attend)
         )
-        attend = self.decode_attend if is_decode else self.prefill_attend
+        max_query_len = min(max_query_len, self.decode_len) if is_decode else max_query_len
+        plan = builder.build(query_start_loc, seq_lens, page_table, num_tokens, max_query_len)
         return Part(plan, min(max_query_len, self.block_size), is_decode, self.workspace, attend)
+
+
+def requests(step: CommonAttentionMetadata, rows: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """query_start_loc [R + 1], seq_lens [R] and page table [R, P] of some requests of a step."""
+    starts = step.query_start_loc[rows.start : rows.stop + 1]
+    return starts, step.seq_lens[rows], step.block_table_tensor[rows]
 
 
 def executors_of(vllm_config: VllmConfig) -> executors.Choice:

@@ -1,0 +1,51 @@
+"""Compile, before the first request, every variant of the kernels that a request can ask for.
+
+Triton compiles a kernel when it is first launched. So the first metadata build (during vLLM's own warm-up) runs a layer
+over dummy steps: prompts of every size class, and decode batches of every size class. Nothing that matters is read or
+written: the dummies see vLLM's null page and their output is thrown away.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from vllm_power.metadata import PowerMetadataBuilder
+
+
+def warm_up(builder: "PowerMetadataBuilder") -> None:
+    """Run ``builder``'s first layer over dummy steps, if the layer has its KV cache already."""
+    context = builder.vllm_config.compilation_config.static_forward_context
+    layer = context.get(builder.layer_names[0]) if builder.layer_names else None
+    if layer is None or not layer.kv_cache.numel():
+        return
+    for tokens in _powers_of_two(builder.decode_len + 1, builder.block_size):
+        _attend(builder, layer, requests=1, tokens=tokens, is_decode=False)
+    for tokens in range(1, builder.decode_len + 1):
+        for requests in _powers_of_two(1, builder.max_num_reqs):
+            _attend(builder, layer, requests, tokens, is_decode=True)
+
+
+def _powers_of_two(least: int, most: int) -> list[int]:
+    """``least``, the powers of two above it, and ``most``."""
+    powers = [1 << bit for bit in range(most.bit_length())]
+    return sorted({min(least, most), *(power for power in powers if power >= least), most})
+
+
+def _attend(builder: "PowerMetadataBuilder", layer: Any, requests: int, tokens: int, is_decode: bool) -> None:
+    """One layer's attention for ``requests`` new requests of ``tokens`` tokens each."""
+    from vllm_power.metadata import PowerMetadata
+
+    device, total = builder.device, requests * tokens
+    part = builder.part(
+        torch.arange(0, total + 1, tokens, dtype=torch.int32, device=device),
+        torch.full((requests,), tokens, dtype=torch.int32, device=device),
+        torch.zeros(requests, builder.pages_of_a_request, dtype=torch.int32, device=device),
+        total,
+        tokens,
+        is_decode,
+    )
+    query = torch.zeros(total, layer.num_heads, layer.head_size, dtype=layer.dtype, device=device)
+    layer.impl.forward(
+        layer, query, query, query, layer.kv_cache, PowerMetadata(total, (part,)), torch.empty_like(query)
+    )
