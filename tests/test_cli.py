@@ -20,6 +20,7 @@ runner = CliRunner()
         (["demo", "--help"], "--long-tokens"),
         (["bench", "--help"], "cpu"),
         (["bench", "cpu", "--help"], "--seconds"),
+        (["bench", "--help"], "report"),
         (["version"], "vllm-power 0."),
     ],
     ids=" ".join,
@@ -39,9 +40,9 @@ def test_the_exit_status_is_that_of_the_benchmark(monkeypatch):
     import vllm_power.bench.cpu as cpu
 
     seen = []
-    monkeypatch.setattr(cpu, "main", lambda seconds: seen.append(seconds) or 1)
+    monkeypatch.setattr(cpu, "main", lambda seconds, folder: seen.append((seconds, folder)) or 1)
     assert runner.invoke(app, ["bench", "cpu", "--seconds", "2"]).exit_code == 1
-    assert seen == [2.0]
+    assert seen == [(2.0, None)]
 
 
 def test_help_loads_nothing_heavy():

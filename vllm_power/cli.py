@@ -48,11 +48,12 @@ def bench_callback() -> None:
 @bench.command("cpu")
 def bench_cpu_command(
     seconds: Annotated[float, typer.Option(min=0.1, help="Time for each case.")] = 4.0,
+    folder: Annotated[Path | None, typer.Option(help="Append the rows to cpu.jsonl there.")] = None,
 ) -> None:
     """The CPU executor against vLLM's dense CPU attention; fails where a case misses its goal."""
     from vllm_power.bench.cpu import main
 
-    raise typer.Exit(main(seconds))
+    raise typer.Exit(main(seconds, folder))
 
 
 @bench.command("serve")
@@ -64,6 +65,14 @@ def bench_serve_command(
     from vllm_power.bench.serve import main
 
     raise typer.Exit(main(repeats=repeats, folder=folder))
+
+
+@bench.command("report")
+def bench_report_command() -> None:
+    """Draw the README's tables and the plots in docs/results anew from the recorded rows."""
+    from vllm_power.bench.report import main
+
+    main()
 
 
 @app.command("version")

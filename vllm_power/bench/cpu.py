@@ -9,12 +9,15 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from vllm_power.bench import results
 from vllm_power.bench.layer import Batch, Layer, Shape
 from vllm_power.kernels.plan import VisibleBlocks, build_plan
 from vllm_power.pattern import POWER
@@ -36,6 +39,13 @@ class Case:
     @property
     def layers(self) -> int:
         return DECODE_LAYERS if max(self.batch.new) == 1 else PREFILL_LAYERS
+
+    def row(self, impl: str, median_ms: float) -> dict[str, Any]:
+        """A measurement of this case, for docs/results/cpu.jsonl."""
+        computed, new = self.batch.computed[0], self.batch.new[0]
+        bench = "decode" if new == 1 else f"prefill_{new}" if computed else "prefill"
+        context, batch = computed + new, len(self.batch.new)
+        return {"bench": bench, "impl": impl, "context": context, "batch": batch, "median_ms": median_ms}
 
 
 CASES = [
@@ -99,13 +109,16 @@ def plan_times(seconds: float) -> list[tuple[str, float, float]]:
     return rows
 
 
-def main(seconds: float = 4.0) -> int:
-    """Print the table. Returns 1 where a case misses what it must reach, else 0. ``seconds``: time for a case."""
+def main(seconds: float = 4.0, folder: Path | None = None) -> int:
+    """Print the table. Returns 1 where a case misses what it must reach, else 0.
+
+    seconds: time for a case. folder: where to append the rows to cpu.jsonl, if anywhere.
+    """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from vllm_power.plugin import register
 
     register()
-    console = Console()
+    console = Console(width=110)
     shape = Shape()
     pages = 65_536 // PAGE_SIZE * 2 + 64
     dense, power = (Layer(backend, shape, pages, PAGE_SIZE) for backend in ("CPU_ATTN", "POWER"))
@@ -115,11 +128,13 @@ def main(seconds: float = 4.0) -> int:
         f"{shape.dtype}, {torch.get_num_threads()} threads"
     )
     for column in ("step", "dense ms", "power ms", "ratio", "at least", "block pairs read"):
-        table.add_column(column, justify="left" if column == "step" else "right")
+        table.add_column(column, justify="left" if column == "step" else "right", no_wrap=True)
     missed = 0
+    rows = []
     for case in track(CASES, "measuring", console=console):
         dense_ms, power_ms = compare(case, dense, power, seconds)
         ratio = dense_ms / power_ms
+        rows += [case.row("dense", dense_ms), case.row("power", power_ms)]
         missed += case.at_least is not None and ratio < case.at_least
         read = pairs_read(case.batch)
         goal = f"{case.at_least:g}x" if case.at_least else ""
@@ -128,6 +143,8 @@ def main(seconds: float = 4.0) -> int:
         missed += milliseconds > allowed
         table.add_row(name, "", f"{milliseconds:.3f}", "", f"under {allowed:g} ms", "")
     console.print(table)
+    if folder is not None:
+        results.append("cpu", [{**row, "page": PAGE_SIZE, "dtype": shape.dtype} for row in rows], folder)
     return int(missed > 0)
 
 

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import os
 import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,6 +24,7 @@ def machine() -> dict[str, Any]:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "gpu": gpu,
+        "cpu": f"{_cpu_model()}, {os.cpu_count()} cores",
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
         if gpu
         else None,
@@ -40,6 +42,12 @@ def append(name: str, rows: list[dict[str, Any]], folder: Path = FOLDER) -> Path
     with path.open("a") as file:
         file.writelines(json.dumps({**row, **here}) + "\n" for row in rows)
     return path
+
+
+def _cpu_model() -> str:
+    """The processor's name as Linux tells it."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
 
 
 def _output(*command: str) -> str | None:

@@ -1,0 +1,46 @@
+"""The README's figures are those of the recorded rows."""
+
+from pathlib import Path
+
+import pytest
+
+from vllm_power.bench import report
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "docs" / "results"
+
+
+def row(impl, ms, **fields):
+    machine = {"gpu": "a GPU", "versions": {"vllm": "1", "torch": "2"}, "date": "today", "commit": "abc"}
+    return {"bench": "ttft", "impl": impl, "context": 1024, "batch": 1, "median_ms": ms, **machine, **fields}
+
+
+def test_the_readme_shows_what_was_measured():
+    text = (ROOT / "README.md").read_text()
+    assert len(report.MARK.findall(text)) >= 2
+    assert report.filled(text, FOLDER) == text, "run: vllm-power bench report"
+
+
+def test_a_table_has_the_ratio_and_the_machine():
+    table = report.serve_table([row("dense", 20.0), row("power", 8.0)])
+    assert "a GPU, vLLM 1, torch 2, today, commit abc" in table
+    assert "| time to first token | 1 | 1,024 | 20 | 8 | 2.50x |" in table
+
+
+def test_the_last_of_equal_measurements_counts():
+    measured = [row("dense", 20.0), row("power", 8.0), row("power", 10.0)]
+    assert "| 2.00x |" in report.serve_table(measured)
+
+
+def test_a_mark_without_rows_stays_as_it_is(tmp_path):
+    text = "<!-- results: serve -->\nold\n<!-- end -->"
+    assert report.filled(text, tmp_path) == text
+
+
+def test_the_plot_is_drawn_from_the_rows(tmp_path):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "serve.jsonl").write_text((FOLDER / "serve.jsonl").read_text())
+    drawn = report.plot(tmp_path).read_text()
+    assert drawn.startswith("<?xml") and len(drawn) > 5_000
+    again = report.plot(tmp_path).read_text()
+    assert drawn == again
