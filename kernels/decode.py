@@ -152,7 +152,7 @@ def decode(
 
     max_query_len: the most query tokens a segment can have; times the heads of a group, at most ``MAX_ROWS``.
     workspace: float32 [at least ``workspace_size``], for the parts to be merged; without one it is allocated here.
-    num_pieces: into how many pieces to cut the keys; by default ``tuning.decode_pieces`` says.
+    num_pieces: into how many pieces to cut the keys; by default ``tuning.decode_settings`` says.
 
     Raises ValueError for shapes or strides that do not fit together.
     """
@@ -164,14 +164,17 @@ def decode(
         raise ValueError(
             f"{max_query_len} query tokens of {group} heads are more than {MAX_ROWS} rows: prefill takes them"
         )
-    settings = tuning.decode_settings(query.dtype, head_size, max_query_len * group)
     max_keys = plan.page_table.shape[1] * page_size
+    settings, pieces = tuning.decode_settings(
+        query.dtype,
+        head_size,
+        max_query_len * group,
+        plan.num_segments * num_kv_heads,
+        max_keys,
+        _num_multiprocessors(query.device),
+    )
     max_tiles = triton.cdiv(max_keys, settings["BLOCK_N"])
-    if num_pieces is None:
-        num_pieces = tuning.decode_pieces(
-            plan.num_segments * num_kv_heads, _num_multiprocessors(query.device)
-        )
-    num_pieces = min(num_pieces, max_tiles)
+    num_pieces = min(num_pieces or pieces, max_tiles)
     overlap_merge = num_pieces > 1 and _can_overlap(query.device)
     partial_output = partial_lse = None
     if num_pieces > 1:

@@ -4,6 +4,8 @@ The number of segments is known only on the device. So the plan is padded to a b
 segments have no query and no key. Nothing waits for the device, and a CUDA graph that reads the buffers stays valid.
 """
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -20,6 +22,7 @@ def _plan_kernel(
     segment_start_loc,
     key_lens,
     segment_pages,
+    num_used,
     num_requests,
     num_segments,
     page_table_stride,
@@ -60,6 +63,7 @@ def _plan_kernel(
         tl.store(key_lens + segment, num_keys)
         if segment == 0:
             tl.store(segment_start_loc + num_segments, num_tokens)
+            tl.store(num_used, total)
 
     # [COLUMNS]: the pages of the visible blocks; entries that hold no key stay 0 and are looked up nowhere
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -73,6 +77,13 @@ def _plan_kernel(
     page_row = page_table + request.to(tl.int64) * page_table_stride
     pages = tl.load(page_row + blocks * PAGES_PER_BLOCK + columns % PAGES_PER_BLOCK, mask=holds_keys, other=0)
     tl.store(segment_pages + segment.to(tl.int64) * width + columns, pages, mask=columns < width)
+
+
+@dataclass(frozen=True)
+class PaddedPlan(Plan):
+    """A plan with room for more segments than the step has. num_used: int32 [1], how many it has; they come first."""
+
+    num_used: torch.Tensor
 
 
 class PlanBuilder:
@@ -100,6 +111,7 @@ class PlanBuilder:
         self.segment_start_loc = torch.zeros(most + 1, dtype=torch.int32, device=device)
         self.key_lens = torch.zeros(most, dtype=torch.int32, device=device)
         self.segment_pages = torch.zeros(most, width, dtype=torch.int32, device=device)
+        self.num_used = torch.zeros(1, dtype=torch.int32, device=device)
 
     def max_segments(self, num_reqs: int, num_tokens: int, max_query_len: int) -> int:
         """The most segments that a step of these shapes can have; ``max_query_len`` new tokens a request at most."""
@@ -125,7 +137,7 @@ class PlanBuilder:
         page_table: torch.Tensor,
         num_tokens: int,
         max_query_len: int,
-    ) -> Plan:
+    ) -> PaddedPlan:
         """The plan of one step, padded to ``max_segments``; no host waits, all lengths stay on the device.
 
         query_start_loc: int32 [R + 1]. seq_lens: int32 [R], new tokens included. page_table: int32 [R, P], columns past
@@ -151,6 +163,7 @@ class PlanBuilder:
             segment_start_loc=self.segment_start_loc,
             key_lens=self.key_lens,
             segment_pages=self.segment_pages,
+            num_used=self.num_used,
             num_requests=num_reqs,
             num_segments=num_segments,
             page_table_stride=page_table.stride(0),
@@ -162,8 +175,9 @@ class PlanBuilder:
             COLUMNS=columns,
             num_warps=4,
         )
-        return Plan(
+        return PaddedPlan(
             query_start_loc=self.segment_start_loc[: num_segments + 1],
             key_lens=self.key_lens[:num_segments],
             page_table=self.segment_pages[:num_segments],
+            num_used=self.num_used,
         )

@@ -3,8 +3,9 @@
 import torch
 import triton
 
-# What a pointer-based Triton kernel can keep in shared memory and registers without spilling, by padded head size.
-# (BLOCK_M, BLOCK_N, num_warps, num_stages)
+# The portable kernel's (BLOCK_M, BLOCK_N, num_warps, num_stages), by padded head size. At most 99 KB of shared memory
+# on Ampere, Ada, Hopper and Blackwell alike. Head 128 on an H200, 128K and 16K, ms: as here 13.2 and 1.17;
+# (128, 128, 8, 2) 13.2 and 1.30; (64, 64, 4, 3) 14.4 and 1.33; (128, 64, 8, 3) 15.3 and 1.40. The others follow from it.
 _PREFILL = {
     16: (128, 64, 4, 3),
     32: (128, 64, 4, 3),
@@ -14,7 +15,7 @@ _PREFILL = {
 }
 
 
-# Below so many query tokens a segment the portable kernel's packed rows fill its tiles better than Hopper's tiles of 128.
+# Below so many query tokens a segment, the portable kernel's packed rows fill its tiles better than Hopper's 128 do.
 HOPPER_QUERY_LEN = 64
 
 
@@ -31,23 +32,40 @@ def prefill_settings(
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": num_stages}
 
 
-def decode_settings(dtype: torch.dtype, head_size: int, rows: int) -> dict[str, int]:
-    """BLOCK_M, BLOCK_N, num_warps and num_stages of the decode kernel. rows: at most so many in a segment."""
-    # H200, Qwen2-7B heads, pages of 256, cold keys, in us: 1 x 128K, 8 x 128K, 64 x 16K
-    #   (64 keys, 4 warps, 2 stages) 7.2, 19.8, 76.9; (64, 2, 2) 7.5, 19.5, 76.4; (32, 4, 3) 7.3, 20.1, 82; (128, 8, 2) 7.3, 21, 75.0
-    block_m = max(16, triton.next_power_of_2(rows))
-    block_n = 32 if head_size > 128 or dtype == torch.float32 else 64
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": 4, "num_stages": 2}
+# Of the decode kernel: (keys of a tile, num_warps, num_stages), by what a program has to go through. Some of the stages
+# go to looking pages up. Measured on an H200 at Qwen2-7B's shape, pages of 256, keys from memory, CUDA graphs.
+ONE_TILE = (64, 4, 2)  # 1 x 128K: 7.1 us; (32, 2, 3) and (128, 8, 2) 7.3
+SPLIT = (
+    32,
+    2,
+    6,
+)  # 8 x 128K in 8 pieces: 17.8 us; 8 stages 18.3, (64, 4, 5) 19.5, (64, 4, 2) in 16 pieces 19.2
+WHOLE = (32, 2, 8)  # 64 x 16K: 73.7 us; (64, 4, 5) 73.8, (128, 8, 2) 74.7, (64, 4, 2) in 2 pieces 76.9
 
 
 def wanted_programs(num_multiprocessors: int) -> int:
-    """How many programs of the decode kernel to launch at most. 8 x 128K on an H200: 512 take 19.8 us, 384 20.3, 256 21."""
+    """How many programs of the decode kernel to launch at most, unless there are more segments and KV heads."""
     return 4 * num_multiprocessors
 
 
-def decode_pieces(num_programs: int, num_multiprocessors: int) -> int:
-    """Into how many pieces the keys of a segment are cut.
+def decode_settings(
+    dtype: torch.dtype, head_size: int, rows: int, num_programs: int, max_keys: int, num_multiprocessors: int
+) -> tuple[dict[str, int], int]:
+    """Launch settings of the decode kernel, and into how many pieces to cut the keys of a segment.
 
-    num_programs: (segment, KV head) pairs. From shapes alone, so that a captured CUDA graph holds for any lengths.
+    rows: at most so many in a segment. num_programs: (segment, KV head) pairs. max_keys: the most a segment can have.
+    From shapes alone, so that a captured CUDA graph holds for any lengths.
     """
-    return max(1, wanted_programs(num_multiprocessors) // num_programs)
+    most = wanted_programs(num_multiprocessors)
+    if num_programs * triton.cdiv(max_keys, ONE_TILE[0]) <= most:
+        (block_n, num_warps, num_stages), pieces = ONE_TILE, triton.cdiv(max_keys, ONE_TILE[0])
+    elif num_programs <= most // 4:
+        (block_n, num_warps, num_stages), pieces = SPLIT, most // 2 // num_programs
+    else:
+        (block_n, num_warps, num_stages), pieces = WHOLE, 1
+    block_m = max(16, triton.next_power_of_2(rows))
+    if head_size > 128 or dtype == torch.float32:
+        block_n, num_stages = min(block_n, 32), 2
+    if block_m > 16:
+        num_warps = max(num_warps, 4)
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": num_stages}, pieces

@@ -37,7 +37,7 @@ def test_lengths(pieces: int | None, device: torch.device) -> None:
     check([Request(length, 1) for length in LENGTHS], device=device, pieces=pieces, dtype=BFLOAT16)
 
 
-@pytest.mark.parametrize("drafts", [1, 4, 7])
+@pytest.mark.parametrize("drafts", [1, 7])
 @pytest.mark.parametrize("pieces", [1, 4], ids="pieces-{}".format)
 def test_draft_tokens_cross_a_block(drafts: int, pieces: int, device: torch.device) -> None:
     requests = [Request(length, 1 + drafts) for length in (0, 57, 60, 63, 64, 446, 700)]

@@ -38,6 +38,7 @@ def check(pattern: Pattern, requests: list[Request], page_size: int, device: tor
         max_query_len,
     )
     used = expected.num_segments
+    assert plan.num_used.item() == used
     assert used <= plan.num_segments <= builder.key_lens.shape[0]
     assert torch.equal(plan.query_start_loc[: used + 1].cpu(), expected.query_start_loc)
     assert (plan.query_start_loc[used:] == num_tokens).all()

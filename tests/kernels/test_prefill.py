@@ -75,11 +75,11 @@ def test_patterns(name: str, device: torch.device) -> None:
 
 
 def test_a_prompt_in_chunks_is_the_prompt_at_once(device: torch.device) -> None:
-    step = make_step(SMALL, [Request(0, 500)], 64)
+    step = make_step(SMALL, [Request(0, 400)], 64)
     kernel = functools.partial(prefill, max_query_len=64)
     whole = run(kernel, step, SMALL, device, scale=0.25)
-    for computed, new in ((0, 130), (130, 1), (131, 300), (431, 69)):
-        chunk = make_step(SMALL, [Request(0, 500)], 64)
+    for computed, new in ((0, 130), (130, 1), (131, 200), (331, 69)):
+        chunk = make_step(SMALL, [Request(0, 400)], 64)
         chunk.requests = [Request(computed, new)]
         chunk.query = chunk.query[computed : computed + new]
         chunk.query_start_loc = torch.tensor([0, new], dtype=torch.int32)
