@@ -221,7 +221,7 @@ def decode(
         PAGE_SIZE=page_size,
         **settings,
     )
-    if num_pieces > 1:
+    if partial_output is not None and partial_lse is not None:
         merge(
             partial_output,
             partial_lse,

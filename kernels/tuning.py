@@ -5,7 +5,7 @@ import triton
 
 # The portable kernel's (BLOCK_M, BLOCK_N, num_warps, num_stages), by padded head size. At most 99 KB of shared memory
 # on Ampere, Ada, Hopper and Blackwell alike. Head 128 on an H200, 128K and 16K, ms: as here 13.2 and 1.17;
-# (128, 128, 8, 2) 13.2 and 1.30; (64, 64, 4, 3) 14.4 and 1.33; (128, 64, 8, 3) 15.3 and 1.40. The others follow from it.
+# (128, 128, 8, 2) 13.2 and 1.30; (64, 64, 4, 3) 14.4 and 1.33; (128, 64, 8, 3) 15.3 and 1.40. The others follow it.
 _PREFILL = {
     16: (128, 64, 4, 3),
     32: (128, 64, 4, 3),

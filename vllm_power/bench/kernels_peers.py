@@ -32,7 +32,15 @@ def power(work: Work, layer: int) -> Call:
     )
 
 
-def _flash_attention(work: Work, layer: int, start_loc, lengths, table, max_query: int, max_key: int) -> Call:
+def _flash_attention(
+    work: Work,
+    layer: int,
+    start_loc: torch.Tensor,
+    lengths: torch.Tensor,
+    table: torch.Tensor,
+    max_query: int,
+    max_key: int,
+) -> Call:
     from vllm.vllm_flash_attn import flash_attn_varlen_func
 
     key_cache, value_cache = work.caches[layer]
