@@ -6,9 +6,10 @@ import pytest
 import torch
 from harness import BFLOAT16, assert_accurate, run, to_fp8
 from paged import Request, make_step
+from vllm_power.kernels import prefill_hopper
 from vllm_power.kernels.prefill import prefill
 
-from vllm_power.pattern import Pattern, preset
+from vllm_power.pattern import POWER, Pattern, preset
 
 SMALL = Pattern(block_size=64)
 BATCHES = {
@@ -96,3 +97,16 @@ def test_refuses_what_does_not_fit(device: torch.device) -> None:
     cache = torch.zeros(2, 48, 3, 16, device=device)
     with pytest.raises(ValueError, match="power of two"):
         prefill(query, cache, cache, query.clone(), None, 1.0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the interpreter does not know Gluon")
+@pytest.mark.parametrize("page_size", [16, 64, 256], ids="page-{}".format)
+def test_qwen2_shape_at_full_blocks(
+    page_size: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    hopper = prefill_hopper.prefill
+    monkeypatch.setattr(prefill_hopper, "prefill", lambda *given: (calls.append(given), hopper(*given)))
+    requests = [Request(0, 1537), Request(6143, 513), Request(4095, 1), Request(0, 0), Request(3000, 257)]
+    check(requests, page_size, POWER, device=device, dtype=BFLOAT16, heads=28, kv_heads=4, head_size=128)
+    assert len(calls) == (torch.cuda.get_device_capability() == (9, 0))
