@@ -136,7 +136,7 @@ def test_capabilities(config):
     assert PowerMetadataBuilder.get_cudagraph_support(config, None) is AttentionCGSupport.UNIFORM_BATCH
     with set_current_vllm_config(config):
         assert PowerBackend.get_preferred_block_size(16) == PATTERN.block_size
-    assert PowerBackend.get_preferred_block_size(16) == 128
+    assert PowerBackend.get_preferred_block_size(16) == 256
 
 
 def test_alibi_is_refused_by_the_layer(config):

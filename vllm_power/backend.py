@@ -14,8 +14,8 @@ from vllm_power.impl import PowerImpl
 from vllm_power.metadata import PowerMetadataBuilder, executors_of
 from vllm_power.plugin import NAME
 
-# The page that the kernels like best: 128 tokens hold a whole tile of keys (docs/kernels-notes.md).
-PREFERRED_PAGE = 128
+# A page of a whole block: the fastest for both kernels on an H200 (docs/results/kernels.jsonl; 4 to 10 % over 16).
+PREFERRED_PAGE = 256
 
 
 class PowerBackend(AttentionBackend):

@@ -7,6 +7,7 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
+from vllm_power.executors import LayerCall
 from vllm_power.hybrid import LayerImpl
 from vllm_power.metadata import PowerMetadata
 
@@ -66,18 +67,18 @@ class PowerImpl(LayerImpl, AttentionImpl[PowerMetadata]):
             fp8 = current_platform.fp8_dtype()
             key_cache, value_cache = key_cache.view(fp8), value_cache.view(fp8)
         tokens = attn_metadata.num_actual_tokens
+        call = LayerCall(
+            query[:tokens],
+            key_cache,
+            value_cache,
+            output[:tokens],
+            self.scale,
+            self.soft_cap,
+            layer._k_scale if self.is_fp8 else None,
+            layer._v_scale if self.is_fp8 else None,
+        )
         for part in attn_metadata.parts:
-            part.attend(
-                part,
-                query[:tokens],
-                key_cache,
-                value_cache,
-                output[:tokens],
-                self.scale,
-                self.soft_cap,
-                layer._k_scale if self.is_fp8 else None,
-                layer._v_scale if self.is_fp8 else None,
-            )
+            part.attend(part, call)
         return output
 
     def do_kv_cache_update(

@@ -16,13 +16,26 @@ import torch
 
 from vllm_power.kernels.plan import Plan
 
-# (part, query, key_cache, value_cache, output, scale, soft_cap, k_scale, v_scale): writes the attention of the part's
-# tokens into output. query, output: [T, H, D]; key_cache, value_cache: [pages, page_size, G, D]; the rest as in
-# kernels.prefill.
-Attend = Callable[..., None]
-
 GPU_EXECUTORS = ("triton", "flash_attn", "reference")
 FASTEST = Path(__file__).with_name("fastest.json")
+
+
+@dataclass
+class LayerCall:
+    """One layer's attention in one step.
+
+    query, output: [T, H, D]. key_cache, value_cache: [pages, page_size, G, D], any strides but the last. k_scale,
+    v_scale: float32 scalars on the device that an fp8 cache is multiplied by; None where it is not fp8.
+    """
+
+    query: torch.Tensor
+    key_cache: torch.Tensor
+    value_cache: torch.Tensor
+    output: torch.Tensor
+    scale: float
+    soft_cap: float
+    k_scale: torch.Tensor | None
+    v_scale: torch.Tensor | None
 
 
 @dataclass
@@ -36,7 +49,11 @@ class Part:
     max_query_len: int
     is_decode: bool
     workspace: torch.Tensor
-    attend: Attend
+    attend: "Attend"
+
+
+# Writes the attention of the part's tokens into the layer's output.
+Attend = Callable[[Part, LayerCall], None]
 
 
 @dataclass(frozen=True)

@@ -1,26 +1,23 @@
 """Our own kernels over the plan."""
 
-import torch
-
-from vllm_power.executors import Part
+from vllm_power.executors import LayerCall, Part
 from vllm_power.kernels.decode import decode
 from vllm_power.kernels.prefill import prefill
 
 
-def attend(
-    part: Part,
-    query: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    output: torch.Tensor,
-    scale: float,
-    soft_cap: float,
-    k_scale: torch.Tensor | None,
-    v_scale: torch.Tensor | None,
-) -> None:
+def attend(part: Part, layer: LayerCall) -> None:
     """``executors.Attend``."""
-    tensors = (query, key_cache, value_cache, output, part.plan, scale, soft_cap, k_scale, v_scale)
-    if part.is_decode:
-        decode(*tensors, max_query_len=part.max_query_len, workspace=part.workspace)
-    else:
-        prefill(*tensors, max_query_len=part.max_query_len)
+    kernel, settings = (decode, {"workspace": part.workspace}) if part.is_decode else (prefill, {})
+    kernel(
+        query=layer.query,
+        key_cache=layer.key_cache,
+        value_cache=layer.value_cache,
+        output=layer.output,
+        plan=part.plan,
+        scale=layer.scale,
+        soft_cap=layer.soft_cap,
+        k_scale=layer.k_scale,
+        v_scale=layer.v_scale,
+        max_query_len=part.max_query_len,
+        **settings,
+    )
