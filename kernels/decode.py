@@ -22,7 +22,8 @@ from vllm_power.kernels.primitives import LOG2_E, NO_MAXIMUM, attend, load_pages
 MAX_ROWS = 128
 
 
-@triton.jit
+# Numbers that vary from step to step must not each bring a variant of the kernel.
+@triton.jit(do_not_specialize=["max_query_len", "num_pieces"])
 def _decode_kernel(
     query,
     key_cache,

@@ -8,7 +8,8 @@ from vllm_power.kernels.plan import Plan
 from vllm_power.kernels.primitives import NO_MAXIMUM
 
 
-@triton.jit
+# Numbers that vary from step to step must not each bring a variant of the kernel.
+@triton.jit(do_not_specialize=["num_pieces", "max_query_len"])
 def _merge_kernel(
     partial_output,
     partial_lse,

@@ -12,7 +12,8 @@ import triton.language as tl
 from vllm_power.kernels.plan import Plan, VisibleBlocks
 
 
-@triton.jit
+# Numbers that vary from step to step must not each bring a variant of the kernel.
+@triton.jit(do_not_specialize=["num_requests", "num_segments"])
 def _plan_kernel(
     query_start_loc,
     seq_lens,

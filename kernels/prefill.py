@@ -14,7 +14,8 @@ from vllm_power.kernels.plan import Plan
 from vllm_power.kernels.primitives import LOG2_E, NO_MAXIMUM, attend, load_pages
 
 
-@triton.jit
+# Numbers that vary from step to step must not each bring a variant of the kernel.
+@triton.jit(do_not_specialize=["tiles_per_segment"])
 def _prefill_kernel(
     query,
     key_cache,

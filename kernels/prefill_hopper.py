@@ -27,7 +27,8 @@ PRODUCER_REGISTERS = gl.constexpr(24)
 PANEL = 64  # columns of a panel: 128 bytes, the widest swizzle; tiles lie in shared memory panel by panel
 
 
-@gluon.jit
+# Numbers that vary from step to step must not each bring a variant of the kernel.
+@gluon.jit(do_not_specialize=["num_segments"])
 def _prefill_kernel(
     query_descriptor, key_descriptor, value_descriptor, output, query_start_loc, key_lens, page_table,
     page_table_stride, output_stride_token, output_stride_head, num_used, num_segments, num_kv_heads, scale, soft_cap,
