@@ -21,6 +21,7 @@ runner = CliRunner()
         (["bench", "--help"], "cpu"),
         (["bench", "cpu", "--help"], "--seconds"),
         (["bench", "--help"], "report"),
+        (["bench", "kernels", "--help"], "--million"),
         (["version"], "vllm-power 0."),
     ],
     ids=" ".join,

@@ -37,10 +37,10 @@ def test_a_mark_without_rows_stays_as_it_is(tmp_path):
     assert report.filled(text, tmp_path) == text
 
 
-def test_the_plot_is_drawn_from_the_rows(tmp_path):
+@pytest.mark.parametrize("name", list(report.PLOTS))
+def test_the_plots_are_drawn_from_the_rows(tmp_path, name):
     pytest.importorskip("matplotlib")
-    (tmp_path / "serve.jsonl").write_text((FOLDER / "serve.jsonl").read_text())
-    drawn = report.plot(tmp_path).read_text()
+    (tmp_path / f"{name}.jsonl").write_text((FOLDER / f"{name}.jsonl").read_text())
+    drawn = report.plot(tmp_path, name).read_text()
     assert drawn.startswith("<?xml") and len(drawn) > 5_000
-    again = report.plot(tmp_path).read_text()
-    assert drawn == again
+    assert report.plot(tmp_path, name).read_text() == drawn

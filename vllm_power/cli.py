@@ -67,6 +67,17 @@ def bench_serve_command(
     raise typer.Exit(main(repeats=repeats, folder=folder))
 
 
+@bench.command("kernels")
+def bench_kernels_command(
+    million: Annotated[bool, typer.Option(help="Prefill one prompt of 1,048,576 tokens too.")] = True,
+    folder: Annotated[Path, typer.Option(help="Where kernels.jsonl is.")] = Path("docs/results"),
+) -> None:
+    """The kernels on a GPU, against their peers; appends its rows to kernels.jsonl."""
+    from vllm_power.bench.kernels import main
+
+    raise typer.Exit(main(million=million, folder=folder))
+
+
 @bench.command("report")
 def bench_report_command() -> None:
     """Draw the README's tables and the plots in docs/results anew from the recorded rows."""

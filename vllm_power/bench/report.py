@@ -18,31 +18,50 @@ def rows(folder: Path, name: str) -> list[Row]:
 
 def latest(measured: list[Row]) -> dict[tuple[str, int, int, str], float]:
     """{(bench, batch, context, impl): median ms}; of rows that measured the same, the last."""
-    return {(row["bench"], row["batch"], row["context"], row["impl"]): row["median_ms"] for row in measured}
+    return {
+        (row["bench"], row["batch"], row["context"], row["impl"]): row["median_ms"]
+        for row in measured
+        if "median_ms" in row
+    }
 
 
 def serve_table(measured: list[Row]) -> str:
     """vLLM end to end: time to first token and decode steps, dense against the pattern."""
     names = {"ttft": "time to first token", "decode_step": "decode step"}
-    return _table(measured, names, "dense", "FLASH_ATTN ms", "power ms")
+    return _table(measured, names, {"dense": "FLASH_ATTN ms", "power": "power ms"})
 
 
 def cpu_table(measured: list[Row]) -> str:
     """Attention steps on a CPU, vLLM's dense backend against the pattern."""
     names = {"prefill": "prefill", "prefill_2048": "prefill of the last 2,048", "decode": "decode"}
-    return _table(measured, names, "dense", "dense ms", "power ms")
+    return _table(measured, names, {"dense": "dense ms", "power": "power ms"})
 
 
-def _table(measured: list[Row], names: dict[str, str], peer: str, *columns: str) -> str:
+def kernels_table(measured: list[Row]) -> str:
+    """One layer's kernels: dense FlashAttention 3 (pages of 16), FlashAttention 3 over the plan, and ours."""
+    names = {"prefill": "prefill", "decode": "decode"}
+    columns = {"dense_fa3": "FA3 dense ms", "plan_fa3": "FA3 over the plan ms", "power": "power ms"}
+    shown = (1_024, 8_192, 16_384, 131_072, 1_048_576)
+    return _table([row for row in measured if row.get("context") in shown], names, columns)
+
+
+def _table(measured: list[Row], names: dict[str, str], columns: dict[str, str]) -> str:
+    """A line for each measured work; ``columns`` are its implementations, the dense one first and ours last."""
     times = latest(measured)
-    lines = [f"| | batch | context | {' | '.join(columns)} | ratio |", "| --- " * (len(columns) + 4) + "|"]
-    for bench, batch, context, impl in times:
-        other = times.get((bench, batch, context, peer))
-        if impl == "power" and bench in names and other is not None:
-            ours = times[bench, batch, context, impl]
-            lines.append(
-                f"| {names[bench]} | {batch} | {context:,} | {other:.4g} | {ours:.4g} | {other / ours:.2f}x |"
+    lines = [
+        f"| | batch | context | {' | '.join(columns.values())} | ratio |",
+        "| --- " * (len(columns) + 4) + "|",
+    ]
+    order = list(names)
+    works = {key[:3] for key in times if key[0] in names}
+    for bench, batch, context in sorted(works, key=lambda work: (order.index(work[0]), *work[1:])):
+        found = [times.get((bench, batch, context, impl)) for impl in columns]
+        if found[0] is not None and found[-1] is not None:
+            cells = " | ".join(
+                "" if ms is None else f"{ms:,.0f}" if ms >= 1000 else f"{ms:.4g}" for ms in found
             )
+            ratio = found[0] / found[-1]
+            lines.append(f"| {names[bench]} | {batch} | {context:,} | {cells} | {ratio:.2f}x |")
     return f"{_machine(measured[-1])}\n\n" + "\n".join(lines) + "\n"
 
 
@@ -54,7 +73,16 @@ def _machine(row: Row) -> str:
     )
 
 
-TABLES: dict[str, Callable[[list[Row]], str]] = {"serve": serve_table, "cpu": cpu_table}
+TABLES: dict[str, Callable[[list[Row]], str]] = {
+    "serve": serve_table,
+    "kernels": kernels_table,
+    "cpu": cpu_table,
+}
+# {file: (title, the dense implementation in its rows, {bench: what it is called})}
+PLOTS = {
+    "serve": ("vLLM, Qwen2-7B shape", "dense", {"ttft": "time to first token", "decode_step": "decode step"}),
+    "kernels": ("one layer, Qwen2-7B shape", "dense_fa3", {"prefill": "prefill", "decode": "decode"}),
+}
 
 
 def filled(text: str, folder: Path) -> str:
@@ -67,37 +95,42 @@ def filled(text: str, folder: Path) -> str:
     return MARK.sub(replace, text)
 
 
-def plot(folder: Path) -> Path:
-    """Draw the ratios of serve.jsonl by context into ``folder``/serve.svg."""
+def plot(folder: Path, name: str) -> Path:
+    """Draw how often ours fits into the dense time, by context, from ``folder``/``name``.jsonl into ``name``.svg."""
     import matplotlib
 
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "vllm-power"  # the same rows give the same file
     import matplotlib.pyplot as plt
 
-    times = latest(rows(folder, "serve"))
-    figure, axes = plt.subplots(figsize=(7, 4))
+    title, dense, names = PLOTS[name]
+    times = latest(rows(folder, name))
     lines: dict[str, list[tuple[int, float]]] = {}
     for (bench, batch, context, impl), ms in times.items():
-        if impl == "dense" and bench in ("ttft", "decode_step"):
-            label = "time to first token" if bench == "ttft" else f"decode step, batch {batch}"
-            lines.setdefault(label, []).append((context, ms / times[bench, batch, context, "power"]))
+        ours = times.get((bench, batch, context, "power"))
+        if impl == dense and bench in names and ours is not None:
+            label = names[bench] + (f", batch {batch}" if bench.startswith("decode") else "")
+            lines.setdefault(label, []).append((context, ms / ours))
+    figure, axes = plt.subplots(figsize=(7, 4))
     for label, points in sorted(lines.items()):
         axes.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
     axes.axhline(1, color="grey", linewidth=0.8)
-    axes.set(
-        xscale="log", xlabel="context, tokens", ylabel="times faster than dense", title="vLLM, Qwen2-7B shape"
-    )
+    axes.set(xlabel="context, tokens", ylabel="times faster than dense FlashAttention 3", title=title)
     axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.yaxis.set_major_formatter("{x:g}x")
+    axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
-    path = folder / "serve.svg"
+    path = folder / f"{name}.svg"
     figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
     return path
 
 
 def main(page: Path = Path("README.md"), folder: Path = Path("docs/results")) -> None:
     """Draw the tables of ``page`` and the plots anew."""
     page.write_text(filled(page.read_text(), folder))
-    if rows(folder, "serve"):
-        plot(folder)
+    for name in PLOTS:
+        if rows(folder, name):
+            plot(folder, name)
