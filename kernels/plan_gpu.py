@@ -13,7 +13,11 @@ from vllm_power.kernels.plan import Plan, VisibleBlocks
 
 
 # Numbers that vary from step to step must not each bring a variant of the kernel.
-@triton.jit(do_not_specialize=["num_requests", "num_segments"])
+# Nor must their alignment: the requests that prefill begin anywhere in the step's tensors.
+@triton.jit(
+    do_not_specialize=["num_requests", "num_segments", "page_table_stride"],
+    do_not_specialize_on_alignment=["query_start_loc", "seq_lens", "page_table"],
+)
 def _plan_kernel(
     query_start_loc,
     seq_lens,

@@ -178,7 +178,7 @@ def test_warm_up_runs_every_size_class(config, builder, monkeypatch):
     monkeypatch.setattr(builder, "part", lambda *a: seen.append(a[3:]) or part(*a))
     warm_up(builder)
     assert [(tokens, is_decode) for tokens, _, is_decode in seen if not is_decode] == [
-        (tokens, False) for tokens in (2, 4, 8, 16, 32)
+        (tokens, False) for tokens in (2, 3, 4, 6, 8, 12, 16, 24, 32)
     ]
-    assert [tokens for tokens, _, is_decode in seen if is_decode] == [1, 2, 4, 8]
+    assert [tokens for tokens, _, is_decode in seen if is_decode] == [1, 2, 3, 4, 6, 8]
     assert torch.equal(cache, before)

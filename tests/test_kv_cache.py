@@ -346,7 +346,9 @@ def config_with(**fields):
         "additional_config": {"power": fields.pop("power", {})},
         "kv_transfer_config": None,
         "scheduler_config": SimpleNamespace(disable_hybrid_kv_cache_manager=False),
-        "model_config": SimpleNamespace(max_model_len=MAX_LEN, hf_config=None, hf_text_config=None),
+        "model_config": SimpleNamespace(
+            max_model_len=MAX_LEN, hf_config=None, hf_text_config=None, runner_type="generate"
+        ),
         "max_in_flight_tokens": 128,
         "num_speculative_tokens": 0,
         "num_lookahead_tokens": 0,
@@ -374,3 +376,18 @@ def test_where_it_can_not_apply_the_spec_stays_and_says_why(fields, reason):
     spec = kv_cache.customize_spec(full)
     assert isinstance(spec, PowerAttentionSpec) is (reason is None)
     assert spec.page_size_bytes == full.page_size_bytes
+
+
+def test_a_draft_model_leaves_the_targets_settings_alone():
+    kv_cache.configure(config_with())
+    draft = config_with()
+    draft.model_config.runner_type, draft.model_config.max_model_len = "draft", 64
+    kv_cache.configure(draft)
+    full = FullAttentionSpec(block_size=256, num_kv_heads=2, head_size=64, dtype=torch.float32)
+    assert kv_cache.customize_spec(full).max_model_len == MAX_LEN
+
+
+def test_a_page_larger_than_a_block_is_refused():
+    spec = make_spec().copy_with_new_block_size(2 * BLOCK)
+    with pytest.raises(ValueError, match="smaller --block-size"):
+        spec.peak_pages(0, MAX_LEN)

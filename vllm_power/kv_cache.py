@@ -44,6 +44,13 @@ class PowerAttentionSpec(AttentionSpec):
 
     @property
     def pages_per_block(self) -> int:
+        """Raises ValueError where vLLM made the page larger than a block, to match another layer's page in bytes."""
+        if self.pattern.block_size % self.block_size:
+            raise ValueError(
+                f"vLLM chose pages of {self.block_size} tokens, which do not divide the pattern's block of "
+                f"{self.pattern.block_size}, because another layer's pages are larger. Use a smaller --block-size, "
+                'or {"power": {"reclaim": false}}.'
+            )
         return self.pattern.block_size // self.block_size
 
     def lifetimes(self, num_tokens: int) -> Lifetimes:
@@ -207,6 +214,8 @@ _settings: dict[str, Any] | None = None
 def configure(vllm_config: VllmConfig) -> None:
     """Say, where a layer is built, what :func:`customize_spec` will put into its spec."""
     global _settings
+    if vllm_config.model_config.runner_type == "draft":
+        return  # its layers stay dense; what was said for the target model holds
     _settings = None
     if why_not(vllm_config) is None:
         _settings = {

@@ -28,7 +28,7 @@ class PowerPlatform:
     def check_and_update_config(cls, vllm_config: "VllmConfig") -> None:
         """Called once the configuration is complete, before anything is started. Raises ValueError to refuse it."""
         super().check_and_update_config(vllm_config)  # type: ignore[misc]
-        if is_selected(vllm_config):
+        if is_selected(vllm_config) and not is_draft(vllm_config):
             refusals.check_config(vllm_config)
             refusals.check_executor(vllm_config, on_cpu=cls.device_type == "cpu")
 
@@ -73,6 +73,11 @@ def is_selected(vllm_config: "VllmConfig") -> bool:
     return any(backend is not None and backend.name == NAME for backend in chosen)
 
 
+def is_draft(vllm_config: "VllmConfig") -> bool:
+    """Whether this configuration is that of a draft model, made from the target's: its layers stay dense."""
+    return vllm_config.model_config is not None and vllm_config.model_config.runner_type == "draft"
+
+
 def _report(vllm_config: "VllmConfig") -> None:
     """Log once what runs: pattern, density, executor, layers, reclamation. Refuses a model with no layer for it."""
     from vllm.model_executor.models.utils import extract_layer_index
@@ -88,6 +93,8 @@ def _report(vllm_config: "VllmConfig") -> None:
     dense = sorted(
         {extract_layer_index(name) for name, backend in layers.items() if backend.get_name() != NAME}
     )
+    if not sparse and vllm_config.parallel_config.pipeline_parallel_size > 1:
+        return  # this rank's layers all stay dense; another's need not
     refusals.check_any_layer(len(sparse), len(layers))
     pattern = options.of_config(vllm_config).effective_pattern
     max_len = vllm_config.model_config.max_model_len

@@ -19,17 +19,18 @@ def warm_up(builder: "PowerMetadataBuilder") -> None:
     layer = context.get(builder.layer_names[0]) if builder.layer_names else None
     if layer is None or not layer.kv_cache.numel():
         return
-    for tokens in _powers_of_two(builder.decode_len + 1, builder.block_size):
+    longest = min(builder.block_size, builder.vllm_config.model_config.max_model_len)
+    for tokens in _size_classes(builder.decode_len + 1, longest):
         _attend(builder, layer, requests=1, tokens=tokens, is_decode=False)
     for tokens in range(1, builder.decode_len + 1):
-        for requests in _powers_of_two(1, builder.max_num_reqs):
+        for requests in _size_classes(1, builder.max_num_reqs):
             _attend(builder, layer, requests, tokens, is_decode=True)
 
 
-def _powers_of_two(least: int, most: int) -> list[int]:
-    """``least``, the powers of two above it, and ``most``."""
-    powers = [1 << bit for bit in range(most.bit_length())]
-    return sorted({min(least, most), *(power for power in powers if power >= least), most})
+def _size_classes(least: int, most: int) -> list[int]:
+    """``least``, ``most``, and between them 2, 3, 4, 6, 8, 12, ...: one of each class that a kernel is compiled for."""
+    steps = {size << bit for size in (2, 3) for bit in range(most.bit_length())}
+    return sorted({min(least, most), *(step for step in steps if least <= step <= most), most})
 
 
 def _attend(builder: "PowerMetadataBuilder", layer: Any, requests: int, tokens: int, is_decode: bool) -> None:
