@@ -14,7 +14,7 @@ from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuild
 from vllm.v1.attention.backends.utils import get_num_attention_heads_from_layers, split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec, is_quantized_kv_cache
 
-from vllm_power import executors, options
+from vllm_power import executors, options, refusals
 from vllm_power.executors import Part
 from vllm_power.kernels import decode
 from vllm_power.kernels.plan import VisibleBlocks
@@ -72,7 +72,8 @@ class PowerMetadataBuilder(AttentionMetadataBuilder[PowerMetadata]):
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec) -> AttentionCGSupport:
-        if "reference" in str(executors_of(vllm_config)):
+        choice = executors_of(vllm_config)
+        if "reference" in (choice.prefill, choice.decode):
             return AttentionCGSupport.NEVER
         return AttentionCGSupport.UNIFORM_BATCH
 
@@ -80,10 +81,7 @@ class PowerMetadataBuilder(AttentionMetadataBuilder[PowerMetadata]):
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> PowerMetadata:
         step = common_attn_metadata
-        if step.causal is not True:
-            raise NotImplementedError(
-                "PowerAttention is causal: this batch asks for attention to later tokens"
-            )
+        refusals.check_causal(step)
         num_decodes, num_prefills, decode_tokens, prefill_tokens = split_decodes_and_prefills(
             step, self.decode_len
         )

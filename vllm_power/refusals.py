@@ -75,6 +75,12 @@ def check_alibi(alibi_slopes: Any) -> None:
         _refuse("ALiBi needs the distance to each key, which is lost where blocks are left out")
 
 
+def check_causal(step: Any) -> None:
+    """Refuse a step (vLLM's CommonAttentionMetadata) that looks ahead. Raises NotImplementedError."""
+    if step.causal is not True:
+        raise NotImplementedError("PowerAttention is causal: this batch asks for attention to later tokens")
+
+
 def check_dense_layer(implementation: Any, kv_cache_dtype: str) -> None:
     """Refuse a dense layer whose kernels want a quantised query, which vLLM did not prepare. Raises ValueError."""
     if kv_cache_dtype.startswith("fp8") and getattr(implementation, "supports_quant_query_input", False):

@@ -86,5 +86,5 @@ def load(name: str) -> Attend:
 
 @cache
 def _fastest() -> dict[str, Any]:
-    """{compute capability: {"prefill": executor, "decode": executor}}, written by ``vllm-power bench kernels``."""
+    """{compute capability: {"prefill": executor, "decode": executor}}, as docs/results/kernels.jsonl has them."""
     return json.loads(FASTEST.read_text())

@@ -18,7 +18,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from vllm_power import kv_cache, options
+from vllm_power import kv_cache, options, refusals
 from vllm_power.hybrid import LayerImpl
 from vllm_power.kernels.plan import Plan, VisibleBlocks, build_plan
 from vllm_power.plugin import NAME
@@ -78,21 +78,13 @@ class PowerCpuMetadataBuilder(CPUAttentionMetadataBuilder):
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> CPUAttentionMetadata:
         step = common_attn_metadata
-        if step.causal is not True:
-            raise NotImplementedError(
-                "PowerAttention is causal: this batch asks for attention to later tokens"
-            )
+        refusals.check_causal(step)
         # While no request is longer than the blocks that see everything, the plan would be the step itself.
         if step.max_seq_len > self.visible.pattern.dense_tokens:
-            step = over_plan(
-                step, build_plan(*requests(step), self.visible, self.block_size, merge_dense=True)
-            )
+            starts, lengths, table = step.query_start_loc, step.seq_lens, step.block_table_tensor
+            plan = build_plan(starts, lengths, table, self.visible, self.block_size, merge_dense=True)
+            step = over_plan(step, plan)
         return super().build(common_prefix_len, step, fast_build)
-
-
-def requests(step: CommonAttentionMetadata) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What a plan is built from: query_start_loc [R + 1], seq_lens [R], page table [R, P]."""
-    return step.query_start_loc, step.seq_lens, step.block_table_tensor
 
 
 def over_plan(step: CommonAttentionMetadata, plan: Plan) -> CommonAttentionMetadata:

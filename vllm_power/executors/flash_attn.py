@@ -13,9 +13,8 @@ def attend(part: Part, layer: LayerCall) -> None:
     plan = part.plan
     flash_attn_varlen_func(
         q=layer.query,
-        k=canonicalize_singleton_dim_strides(
-            layer.key_cache
-        ),  # TMA wants aligned strides, of single KV heads too
+        # TMA wants aligned strides, of a single KV head too.
+        k=canonicalize_singleton_dim_strides(layer.key_cache),
         v=canonicalize_singleton_dim_strides(layer.value_cache),
         out=layer.output,
         cu_seqlens_q=plan.query_start_loc,
