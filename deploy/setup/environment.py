@@ -125,7 +125,7 @@ class Environment:
                 self.create()
         if device == "cuda":
             with step(f"vllm {VLLM}, vllm-power and tools"):
-                self.pip(f"vllm=={VLLM}", "-e", f"{ROOT}[dev,bench]")
+                self.pip(f"vllm=={VLLM}", "-e", f"{ROOT}[dev,bench,explore,train,eval]")
         else:
             with step(f"torch {TORCH_CPU}"):
                 self.install_torch()

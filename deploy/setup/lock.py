@@ -22,6 +22,8 @@ from environment import LOCK, ROOT, VLLM, Environment, SetupError, check_machine
 NOT_WANTED = {"torch", "torchvision", "torchaudio", "torchcodec"}
 NOT_LOCKED = {"pip", "torch"}
 ONLY_X86 = {"intel-openmp", "intel-cmplr-lib-ur"}
+# Of this project; the others are for NVIDIA GPUs.
+EXTRAS = ("dev", "bench", "explore", "train", "eval")
 # Needed from Python 3.12 on, where the resolver of an older Python does not ask for them.
 LATER_PYTHONS = ["six>=1.16"]
 # The kernels' tests interpret them: with the Triton that belongs to vLLM's CUDA build.
@@ -52,9 +54,8 @@ def lock() -> None:
         vllm_needs = map(json.loads, output(environment.python, "-c", REQUIREMENTS).splitlines())
         wanted = [line for name, line in vllm_needs if name not in NOT_WANTED]
         with step("everything else, resolved"):
-            environment.pip(
-                *wanted, *project["dependencies"], *extras["dev"], *extras["bench"], *LATER_PYTHONS, TRITON
-            )
+            ours = [line for extra in EXTRAS for line in extras[extra]]
+            environment.pip(*wanted, *project["dependencies"], *ours, *LATER_PYTHONS, TRITON)
         installed = json.loads(output(environment.python, "-m", "pip", "list", "--format=json"))
     versions = {
         package["name"]: package["version"] for package in installed if package["name"] not in NOT_LOCKED
