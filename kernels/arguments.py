@@ -1,6 +1,10 @@
-"""What the attention launchers require of their tensors."""
+"""What the attention launchers require of their tensors, and what the portable kernels take alike."""
+
+from typing import Any
 
 import torch
+import triton
+from vllm_power.kernels.plan import Plan
 
 
 def check_tensors(
@@ -19,3 +23,46 @@ def check_tensors(
     page_size = key_cache.shape[1]
     if page_size < 16 or page_size & (page_size - 1):
         raise ValueError(f"a page must hold a power of two of at least 16 tokens, not {page_size}")
+
+
+def kernel_arguments(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    output: torch.Tensor,
+    plan: Plan,
+    scale: float,
+    soft_cap: float,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+) -> dict[str, Any]:
+    """The arguments that the portable prefill and decode kernels share, by name."""
+    num_heads, head_size = query.shape[1:]
+    page_size, num_kv_heads = key_cache.shape[1:3]
+    return {
+        "query": query,
+        "key_cache": key_cache,
+        "value_cache": value_cache,
+        "output": output,
+        "query_start_loc": plan.query_start_loc,
+        "key_lens": plan.key_lens,
+        "page_table": plan.page_table,
+        "k_scale": k_scale,
+        "v_scale": v_scale,
+        "sinks": sinks,
+        "scale": scale,
+        "soft_cap": soft_cap,
+        "query_strides": query.stride()[:2],
+        "key_strides": key_cache.stride()[:3],
+        "value_strides": value_cache.stride()[:3],
+        "output_strides": output.stride()[:2],
+        "page_table_stride": plan.page_table.stride(0),
+        "num_kv_heads": num_kv_heads,
+        "GROUP": num_heads // num_kv_heads,
+        "SOFT_CAP": bool(soft_cap),
+        "PRECISION": "ieee" if query.dtype == torch.float32 else None,
+        "HEAD_SIZE": head_size,
+        "HEAD_PAD": triton.next_power_of_2(head_size),
+        "PAGE_SIZE": page_size,
+    }

@@ -1,9 +1,8 @@
 """Decode: few query tokens a segment, the keys split over programs so that a small batch still fills the GPU.
 
-One program attends to one piece of the keys of one segment and KV head. Its rows are all (query token, query head)
-pairs of that head's group, packed into one matrix tile. With more than one piece, each leaves its output and the
-logarithm of its softmax total in a workspace, and ``merge`` joins them. How many pieces: that follows from shapes,
-never from lengths.
+One program attends to one piece of the keys of one segment and KV head. Its packed rows (``primitives.packed_rows``)
+are one matrix tile. With more than one piece, each leaves its output and the logarithm of its softmax total in a
+workspace, and ``merge`` joins them. How many pieces: that follows from shapes, never from lengths.
 """
 
 import functools
@@ -13,10 +12,10 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 from vllm_power.kernels import tuning
-from vllm_power.kernels.arguments import check_tensors
+from vllm_power.kernels.arguments import check_tensors, kernel_arguments
 from vllm_power.kernels.merge import merge
 from vllm_power.kernels.plan import Plan
-from vllm_power.kernels.primitives import LOG2_E, NO_MAXIMUM, attend, load_pages
+from vllm_power.kernels.primitives import LOG2_E, attend, first_softmax, load_pages, packed_rows, row_pointers
 
 # Rows (query tokens times heads of a group) that one tile takes; longer queries are prefill's.
 MAX_ROWS = 128
@@ -36,6 +35,7 @@ def _decode_kernel(
     page_table,
     k_scale,
     v_scale,
+    sinks,
     scale,
     soft_cap,
     query_strides,
@@ -77,16 +77,13 @@ def _decode_kernel(
     if (num_tokens <= 0) | (first_key >= num_keys):
         return
 
-    # [BLOCK_M]: row r is token r // GROUP and head r % GROUP of the group; rows past the end repeat the last token
-    rows = tl.arange(0, BLOCK_M)
-    exists = rows < num_tokens * GROUP
-    token = tl.minimum(rows // GROUP, num_tokens - 1)
-    head = kv_head * GROUP + rows % GROUP
+    # [BLOCK_M]
+    exists, token, head = packed_rows(tl.arange(0, BLOCK_M), num_tokens, kv_head, GROUP)
     columns = tl.arange(0, HEAD_PAD)
     in_head = columns < HEAD_SIZE
     # [BLOCK_M, HEAD_PAD]
-    query_rows = (start + token).to(tl.int64) * query_strides[0] + head * query_strides[1]
-    query_tile = tl.load(query + query_rows[:, None] + columns[None, :], mask=in_head[None, :], other=0.0)
+    queries = row_pointers(query, start + token, head, columns, query_strides)
+    query_tile = tl.load(queries, mask=in_head[None, :], other=0.0)
 
     visible_keys = num_keys - num_tokens + token + 1
     if k_scale is not None:
@@ -96,8 +93,7 @@ def _decode_kernel(
     key_cache += kv_head.to(tl.int64) * key_strides[2]
     value_cache += kv_head.to(tl.int64) * value_strides[2]
     accumulator = tl.zeros([BLOCK_M, HEAD_PAD], tl.float32)
-    maximum = tl.full([BLOCK_M], NO_MAXIMUM, tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    maximum, total = first_softmax(sinks, head, piece == 0)
     if ONE_TILE:
         accumulator, maximum, total = attend(
             page, first_key, visible_keys, num_keys, query_tile, accumulator, maximum, total, key_cache, value_cache,
@@ -127,9 +123,8 @@ def _decode_kernel(
         )
         tl.store(partial_lse + partial_rows, maximum + tl.log2(total), mask=exists)
     else:
-        output_rows = (start + token).to(tl.int64) * output_strides[0] + head * output_strides[1]
         tl.store(
-            output + output_rows[:, None] + columns[None, :],
+            row_pointers(output, start + token, head, columns, output_strides),
             accumulator.to(output.dtype.element_ty),
             mask=stored,
         )
@@ -145,6 +140,7 @@ def decode(
     soft_cap: float = 0.0,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
     max_query_len: int = 1,
     workspace: torch.Tensor | None = None,
     num_pieces: int | None = None,
@@ -189,37 +185,17 @@ def decode(
         partial_output, partial_lse = workspace[: parts * head_size], workspace[parts * head_size :]
     grid = (num_pieces * num_kv_heads * plan.num_segments,)
     _decode_kernel[grid](
-        query=query,
-        key_cache=key_cache,
-        value_cache=value_cache,
-        output=output,
         partial_output=partial_output,
         partial_lse=partial_lse,
-        query_start_loc=plan.query_start_loc,
-        key_lens=plan.key_lens,
-        page_table=plan.page_table,
-        k_scale=k_scale,
-        v_scale=v_scale,
-        scale=scale,
-        soft_cap=soft_cap,
-        query_strides=query.stride()[:2],
-        key_strides=key_cache.stride()[:3],
-        value_strides=value_cache.stride()[:3],
-        output_strides=output.stride()[:2],
-        page_table_stride=plan.page_table.stride(0),
         max_keys=max_keys,
         max_query_len=max_query_len,
-        num_kv_heads=num_kv_heads,
         num_pieces=num_pieces,
-        GROUP=group,
         SPLIT=num_pieces > 1,
         ONE_TILE=num_pieces == max_tiles,
         OVERLAP_MERGE=overlap_merge,
-        SOFT_CAP=bool(soft_cap),
-        PRECISION="ieee" if query.dtype == torch.float32 else None,
-        HEAD_SIZE=head_size,
-        HEAD_PAD=triton.next_power_of_2(head_size),
-        PAGE_SIZE=page_size,
+        **kernel_arguments(
+            query, key_cache, value_cache, output, plan, scale, soft_cap, k_scale, v_scale, sinks
+        ),
         **settings,
     )
     if partial_output is not None and partial_lse is not None:

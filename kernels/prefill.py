@@ -1,17 +1,17 @@
 """Prefill: causal attention of a plan's segments over a paged cache, for any number of query tokens a segment.
 
-One program computes BLOCK_M rows of one segment and one KV head. A row is a (query token, query head) pair: all heads
-that share the KV head are packed together, so that the tile is full whatever their number. The keys of a segment are
-its visible pages in order; only the last of them, where the segment's own tokens are, need the causal mask.
+One program computes BLOCK_M packed rows (``primitives.packed_rows``) of one segment and one KV head, so that the tile
+is full whatever the number of heads that share it. The keys of a segment are its visible pages in order; only the last
+of them, where the segment's own tokens are, need the causal mask.
 """
 
 import torch
 import triton
 import triton.language as tl
 from vllm_power.kernels import prefill_hopper, tuning
-from vllm_power.kernels.arguments import check_tensors
+from vllm_power.kernels.arguments import check_tensors, kernel_arguments
 from vllm_power.kernels.plan import Plan
-from vllm_power.kernels.primitives import LOG2_E, NO_MAXIMUM, attend, load_pages
+from vllm_power.kernels.primitives import LOG2_E, attend, first_softmax, load_pages, packed_rows, row_pointers
 
 
 # Numbers that vary from step to step must not each bring a variant of the kernel.
@@ -26,6 +26,7 @@ def _prefill_kernel(
     page_table,
     k_scale,
     v_scale,
+    sinks,
     scale,
     soft_cap,
     query_strides,
@@ -56,16 +57,13 @@ def _prefill_kernel(
         return
     num_keys = tl.load(key_lens + segment)
 
-    # [BLOCK_M]: row r is token r // GROUP and head r % GROUP of the group; rows past the end repeat the last token
-    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    exists = rows < num_tokens * GROUP
-    token = tl.minimum(rows // GROUP, num_tokens - 1)
-    head = kv_head * GROUP + rows % GROUP
+    # [BLOCK_M]
+    exists, token, head = packed_rows(tile * BLOCK_M + tl.arange(0, BLOCK_M), num_tokens, kv_head, GROUP)
     columns = tl.arange(0, HEAD_PAD)
     in_head = columns < HEAD_SIZE
     # [BLOCK_M, HEAD_PAD]
-    query_rows = (start + token).to(tl.int64) * query_strides[0] + head * query_strides[1]
-    query_tile = tl.load(query + query_rows[:, None] + columns[None, :], mask=in_head[None, :], other=0.0)
+    queries = row_pointers(query, start + token, head, columns, query_strides)
+    query_tile = tl.load(queries, mask=in_head[None, :], other=0.0)
 
     visible_keys = num_keys - num_tokens + token + 1
     first_token = tile * BLOCK_M // GROUP
@@ -81,8 +79,7 @@ def _prefill_kernel(
     key_cache += kv_head.to(tl.int64) * key_strides[2]
     value_cache += kv_head.to(tl.int64) * value_strides[2]
     accumulator = tl.zeros([BLOCK_M, HEAD_PAD], tl.float32)
-    maximum = tl.full([BLOCK_M], NO_MAXIMUM, tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    maximum, total = first_softmax(sinks, head, True)
     for first_key in range(0, whole_tiles, BLOCK_N):
         page = load_pages(pages, first_key, num_keys, PAGE_SIZE, BLOCK_N)
         accumulator, maximum, total = attend(
@@ -101,9 +98,8 @@ def _prefill_kernel(
     accumulator /= tl.where(total == 0.0, 1.0, total)[:, None]  # 0: a row of a dummy step without keys
     if v_scale is not None:
         accumulator *= tl.load(v_scale)
-    output_rows = (start + token).to(tl.int64) * output_strides[0] + head * output_strides[1]
     tl.store(
-        output + output_rows[:, None] + columns[None, :],
+        row_pointers(output, start + token, head, columns, output_strides),
         accumulator.to(output.dtype.element_ty),
         mask=exists[:, None] & in_head[None, :],
     )
@@ -119,6 +115,7 @@ def prefill(
     soft_cap: float = 0.0,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
     max_query_len: int = 256,
 ) -> None:
     """Write the attention of ``query`` over the plan's visible pages into ``output``.
@@ -128,44 +125,26 @@ def prefill(
     plan: its segments have at most ``max_query_len`` query tokens (a bound from the host; the pattern's block at most).
     scale: of the scores, before the softmax. soft_cap: bends scores to soft_cap * tanh(score / soft_cap); 0 for none.
     k_scale, v_scale: float32 scalars on the device, what a stored key or value has to be multiplied by; None for 1.
+    sinks: [H], a score in each head's softmax that belongs to no key (attention sinks), or None.
 
     Raises ValueError for shapes or strides that do not fit together.
     """
     check_tensors(query, key_cache, value_cache, output)
-    num_heads, head_size = query.shape[1:]
-    page_size, num_kv_heads = key_cache.shape[1:3]
-    group = num_heads // num_kv_heads
     scaled = k_scale is not None or v_scale is not None
     if max_query_len >= tuning.HOPPER_QUERY_LEN and not scaled and prefill_hopper.supports(query, key_cache):
-        prefill_hopper.prefill(query, key_cache, value_cache, output, plan, scale, soft_cap, max_query_len)
+        prefill_hopper.prefill(
+            query, key_cache, value_cache, output, plan, scale, soft_cap, sinks, max_query_len
+        )
         return
-    settings = tuning.prefill_settings(query.dtype, key_cache.dtype, head_size, max_query_len * group)
-    tiles_per_segment = triton.cdiv(max_query_len * group, settings["BLOCK_M"])
-    grid = (tiles_per_segment * num_kv_heads * plan.num_segments,)
-    _prefill_kernel[grid](
-        query=query,
-        key_cache=key_cache,
-        value_cache=value_cache,
-        output=output,
-        query_start_loc=plan.query_start_loc,
-        key_lens=plan.key_lens,
-        page_table=plan.page_table,
-        k_scale=k_scale,
-        v_scale=v_scale,
-        scale=scale,
-        soft_cap=soft_cap,
-        query_strides=query.stride()[:2],
-        key_strides=key_cache.stride()[:3],
-        value_strides=value_cache.stride()[:3],
-        output_strides=output.stride()[:2],
-        page_table_stride=plan.page_table.stride(0),
-        num_kv_heads=num_kv_heads,
+    num_heads, head_size = query.shape[1:]
+    num_kv_heads = key_cache.shape[2]
+    rows = max_query_len * (num_heads // num_kv_heads)
+    settings = tuning.prefill_settings(query.dtype, key_cache.dtype, head_size, rows)
+    tiles_per_segment = triton.cdiv(rows, settings["BLOCK_M"])
+    _prefill_kernel[(tiles_per_segment * num_kv_heads * plan.num_segments,)](
         tiles_per_segment=tiles_per_segment,
-        GROUP=group,
-        SOFT_CAP=bool(soft_cap),
-        PRECISION="ieee" if query.dtype == torch.float32 else None,
-        HEAD_SIZE=head_size,
-        HEAD_PAD=triton.next_power_of_2(head_size),
-        PAGE_SIZE=page_size,
+        **kernel_arguments(
+            query, key_cache, value_cache, output, plan, scale, soft_cap, k_scale, v_scale, sinks
+        ),
         **settings,
     )

@@ -30,7 +30,7 @@ PANEL = 64  # columns of a panel: 128 bytes, the widest swizzle; tiles lie in sh
 # Numbers that vary from step to step must not each bring a variant of the kernel.
 @gluon.jit(do_not_specialize=["num_segments"])
 def _prefill_kernel(
-    query_descriptor, key_descriptor, value_descriptor, output, query_start_loc, key_lens, page_table,
+    query_descriptor, key_descriptor, value_descriptor, output, query_start_loc, key_lens, page_table, sinks,
     page_table_stride, output_stride_token, output_stride_head, num_used, num_segments, num_kv_heads, scale, soft_cap,
     GROUP: gl.constexpr, TILES: gl.constexpr, PAGE_SIZE: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_SIZE: gl.constexpr,
     SOFT_CAP: gl.constexpr,
@@ -70,12 +70,12 @@ def _prefill_kernel(
         [
             (consume, (
                 output, queries, keys, values, query_ready, query_free, ready, free, query_start_loc, key_lens,
-                num_segments, num_kv_heads, num_tiles, output_stride_token, output_stride_head, scale, soft_cap,
+                sinks, num_segments, num_kv_heads, num_tiles, output_stride_token, output_stride_head, scale, soft_cap,
                 GROUP, TILES, SOFT_CAP, 0,
             )),
             (consume, (
                 output, queries, keys, values, query_ready, query_free, ready, free, query_start_loc, key_lens,
-                num_segments, num_kv_heads, num_tiles, output_stride_token, output_stride_head, scale, soft_cap,
+                sinks, num_segments, num_kv_heads, num_tiles, output_stride_token, output_stride_head, scale, soft_cap,
                 GROUP, TILES, SOFT_CAP, 1,
             )),
             (produce, (
@@ -107,6 +107,7 @@ def prefill(
     plan: Plan,
     scale: float,
     soft_cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
     max_query_len: int = 256,
 ) -> None:
     """As ``prefill``, for what ``supports`` takes."""
@@ -129,6 +130,7 @@ def prefill(
         query_start_loc=plan.query_start_loc,
         key_lens=plan.key_lens,
         page_table=plan.page_table,
+        sinks=sinks,
         page_table_stride=plan.page_table.stride(0),
         output_stride_token=output.stride(0),
         output_stride_head=output.stride(1),

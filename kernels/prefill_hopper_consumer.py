@@ -74,7 +74,7 @@ def _store(output, accumulator, total, first_token, num_tokens, stride_token):
 @gluon.jit
 def consume(
     output, queries, keys, values, query_ready, query_free, ready, free, query_start_loc, key_lens,
-    num_segments, num_kv_heads, num_tiles, output_stride_token, output_stride_head, scale, soft_cap,
+    sinks, num_segments, num_kv_heads, num_tiles, output_stride_token, output_stride_head, scale, soft_cap,
     GROUP: gl.constexpr, TILES: gl.constexpr, SOFT_CAP: gl.constexpr, HALF: gl.constexpr,
 ):  # fmt: skip
     BLOCK_N: gl.constexpr = keys.shape[1]
@@ -128,6 +128,9 @@ def consume(
             mbarrier.wait(ready.index(count & 1), (count >> 1) & 1)
             maximum = gl.full([64], NO_MAXIMUM, gl.float32, ROWS)
             new_total = gl.zeros([64], gl.float32, ROWS)
+            if sinks is not None:
+                maximum = gl.full([64], LOG2_E, gl.float32, ROWS) * gl.load(sinks + head).to(gl.float32)
+                new_total = gl.full([64], 1.0, gl.float32, ROWS)
             weights, decay, accumulator, maximum, new_total = _step(
                 query, keys, values, ready, free, count, diagonal - last * BLOCK_N, weights, accumulator,
                 maximum, new_total, scale, soft_cap, True, SOFT_CAP,

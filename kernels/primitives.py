@@ -1,4 +1,4 @@
-"""Small Triton functions that the kernels share: where a key lies in the paged cache, and the running softmax.
+"""Small Triton functions that the kernels share: packed rows, keys in the paged cache, and the running softmax.
 
 Scores are kept in base-2 units (natural units times log2(e)), so that a weight is one ``exp2``.
 """
@@ -10,6 +10,38 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 # Where a row has seen no key yet. Finite, so that a tile without a visible key leaves zeros and not NaN.
 NO_MAXIMUM = tl.constexpr(-1.0e30)
+
+
+@triton.jit
+def packed_rows(rows, num_tokens, kv_head, GROUP: tl.constexpr):
+    """Whether each of ``rows`` exists, its query token in the segment, and its head.
+
+    All heads that share a KV head are packed into one tile: row r is token r // GROUP and head r % GROUP of the group.
+    Rows past the end repeat the last token.
+    """
+    token = tl.minimum(rows // GROUP, num_tokens - 1)
+    return rows < num_tokens * GROUP, token, kv_head * GROUP + rows % GROUP
+
+
+@triton.jit
+def row_pointers(base, token, head, columns, strides):
+    """[BLOCK_M, HEAD_PAD]: pointers into a tensor [T, H, D]. token: counted over the whole step."""
+    return base + (token.to(tl.int64) * strides[0] + head * strides[1])[:, None] + columns[None, :]
+
+
+@triton.jit
+def first_softmax(sinks, head, counts_sink):
+    """The running softmax before the first key: maximum and total, [BLOCK_M] each.
+
+    sinks: pointer to a score for each head that belongs to no key, or None; it counts only where counts_sink is true.
+    """
+    maximum = tl.full(head.shape, NO_MAXIMUM, tl.float32)
+    total = tl.zeros(head.shape, tl.float32)
+    if sinks is not None:
+        sink = tl.load(sinks + head).to(tl.float32) * LOG2_E
+        maximum = tl.where(counts_sink, sink, maximum)
+        total = tl.where(counts_sink, 1.0, total)
+    return maximum, total
 
 
 @triton.jit

@@ -24,10 +24,12 @@ def attention(
     mask: torch.Tensor,
     scale: float,
     soft_cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Masked attention of one request, computed in the dtype of its inputs (pass float32 or float64).
 
     query: [Q, H, D]; key: [K, G, D]; value: [K, G, Dv], with G dividing H; mask: bool [Q, K]. Returns [Q, H, Dv].
+    sinks: [H], a score in each head's softmax that belongs to no key (attention sinks), or None.
     Keys and values that no query sees may hold anything, NaN too.
     """
     group = query.shape[1] // key.shape[1]
@@ -38,5 +40,9 @@ def attention(
     scores = torch.einsum("qhd,khd->hqk", query, key) * scale
     if soft_cap:
         scores = soft_cap * torch.tanh(scores / soft_cap)
-    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
+    scores = scores.masked_fill(~mask, float("-inf"))
+    if sinks is not None:
+        sink = sinks.to(scores.dtype)[:, None, None].expand(-1, scores.shape[1], 1)
+        scores = torch.cat([scores, sink], -1)
+    weights = scores.softmax(-1)[..., : key.shape[0]]
     return torch.einsum("hqk,khd->qhd", weights, value)

@@ -1,9 +1,22 @@
 """Without a GPU, Triton kernels run in its interpreter. That has to be chosen before Triton is imported for the first
-time, so it is done here and undone at once: servers that tests start must not inherit it."""
+time, so it is done here and undone at once: servers that tests start must not inherit it. Where there is a GPU, the
+tests that run on it are marked, for ``make test-gpu``."""
 
 import os
+from pathlib import Path
 
+import pytest
 import torch
+
+HERE = Path(__file__).parent
+ON_A_GPU = (
+    "kernels/",
+    "test_backend.py",
+    "e2e/test_equality.py",
+    "e2e/test_invariance.py",
+    "e2e/test_path_taken.py",
+    "e2e/test_reclaim.py",
+)
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -13,3 +26,10 @@ if not torch.cuda.is_available():
     import vllm_power.kernels.prefill  # noqa: F401
 
     del os.environ["TRITON_INTERPRET"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        for item in items:
+            if item.path.relative_to(HERE).as_posix().startswith(ON_A_GPU):
+                item.add_marker("gpu")

@@ -40,8 +40,15 @@ class Step:
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
 
-    def oracle(self, pattern: Pattern, scale: float, soft_cap: float = 0.0) -> torch.Tensor:
-        """[T, H, D] in float64, each request by itself through the mask of the definition."""
+    def oracle(
+        self,
+        pattern: Pattern,
+        scale: float,
+        soft_cap: float = 0.0,
+        sinks: torch.Tensor | None = None,
+        dtype: torch.dtype = torch.float64,
+    ) -> torch.Tensor:
+        """[T, H, D] computed in ``dtype``, each request by itself through the mask of the definition."""
         outputs = []
         for request, start, key, value in zip(
             self.requests, self.query_start_loc, self.keys, self.values, strict=False
@@ -51,7 +58,9 @@ class Step:
             positions = torch.arange(request.computed, request.length)
             mask = visibility_mask(pattern, positions, request.length)
             query = self.query[start : start + request.new]
-            outputs.append(attention(query.double(), key.double(), value.double(), mask, scale, soft_cap))
+            outputs.append(
+                attention(query.to(dtype), key.to(dtype), value.to(dtype), mask, scale, soft_cap, sinks)
+            )
         return torch.cat(outputs)
 
 

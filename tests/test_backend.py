@@ -12,7 +12,7 @@ from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from vllm_power import executors
+from vllm_power import buffers, executors
 from vllm_power.backend import PowerBackend
 from vllm_power.impl import PowerImpl
 from vllm_power.metadata import PowerMetadata, PowerMetadataBuilder
@@ -83,9 +83,9 @@ def metadata_of(builder, step, padded_requests=0) -> PowerMetadata:
     return builder.build(0, common)
 
 
-def attend(config, step, metadata, extra_rows=0):
+def attend(config, step, metadata, extra_rows=0, **extra):
     with set_current_vllm_config(config):
-        impl = PowerImpl(4, 64, 0.125, 2, None, None, "auto")
+        impl = PowerImpl(4, 64, 0.125, 2, None, None, "auto", **extra)
     # vLLM's view: [pages, kv_heads, page_size, keys then values]
     cache = torch.cat([step.key_cache, step.value_cache], -1).transpose(1, 2).contiguous().to(DEVICE)
     query = torch.nn.functional.pad(step.query, (0, 0, 0, 0, 0, extra_rows)).to(DEVICE)
@@ -144,14 +144,61 @@ def test_alibi_is_refused_by_the_layer(config):
         PowerImpl(4, 64, 0.125, 2, [0.5] * 4, None, "auto")
 
 
-@pytest.mark.parametrize("name", ["triton", "reference"])
-def test_executors_agree_with_the_oracle(config, builder, name):
-    step = make_step(PATTERN, [Request(300, 1), Request(0, 90), Request(200, 130)], PAGE_SIZE, 4, 2, 64)
+@pytest.mark.parametrize(
+    "name, dtype",
+    [
+        ("triton", torch.float32),
+        ("reference", torch.float32),
+        pytest.param(
+            "flash_attn",
+            torch.bfloat16,
+            marks=pytest.mark.skipif(DEVICE.type == "cpu", reason="FlashAttention runs on GPUs"),
+        ),
+    ],
+)
+def test_executors_agree_with_the_oracle(config, builder, name, dtype):
+    requests = [Request(300, 1), Request(0, 90), Request(200, 130)]
+    step = make_step(PATTERN, requests, PAGE_SIZE, heads=4, kv_heads=2, head_size=64, dtype=dtype)
     metadata = metadata_of(builder, step)
     for part in metadata.parts:
         part.attend = executors.load(name)
     output = attend(config, step, metadata)
-    torch.testing.assert_close(output.double(), step.oracle(PATTERN, 0.125), rtol=1e-4, atol=1e-5)
+    close = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.01}
+    torch.testing.assert_close(output.double(), step.oracle(PATTERN, 0.125), **close)
+
+
+@pytest.mark.parametrize("name", ["triton", "reference"])
+def test_a_models_attention_sinks_count(config, builder, name):
+    step = make_step(PATTERN, [Request(300, 1), Request(200, 130)], PAGE_SIZE, 4, 2, 64)
+    metadata = metadata_of(builder, step)
+    for part in metadata.parts:
+        part.attend = executors.load(name)
+    sinks = torch.linspace(-1, 3, 4)
+    output = attend(config, step, metadata, sinks=sinks.to(DEVICE))
+    expected = step.oracle(PATTERN, 0.125, sinks=sinks)
+    torch.testing.assert_close(output.double(), expected, rtol=1e-4, atol=1e-5)
+    assert PowerBackend.supports_sink()
+
+
+def test_memory_that_is_profiled_goes_to_the_first_builder(config, monkeypatch):
+    """A profiling run makes the buffers once for all layers; the builder of the reserving layer's group takes them."""
+    with set_current_vllm_config(config):
+        impls = [PowerImpl(4, 64, 0.125, 2, None, None, "auto") for _ in range(2)]
+    layers = {f"layers.{i}.attn": SimpleNamespace(impl=impl) for i, impl in enumerate(impls)}
+    for name, layer in layers.items():
+        monkeypatch.setitem(config.compilation_config.static_forward_context, name, layer)
+    monkeypatch.setattr(config.cache_config, "block_size", PAGE_SIZE)
+    output = torch.full((3, 4, 64), float("nan"), device=DEVICE)
+    for impl in impls:
+        impl.forward(SimpleNamespace(), output, output, output, None, None, output)
+    assert not output.any()
+    reserved = impls[0].buffers
+    assert reserved is not None and impls[1].buffers is None
+    shape = {"num_heads": 4, "num_kv_heads": 2, "head_size": 64, "device": DEVICE}
+    taken = buffers.take(config, list(layers), page_size=PAGE_SIZE, **shape)
+    assert taken is reserved and impls[0].buffers is None
+    another = buffers.take(config, list(layers), page_size=PAGE_SIZE, **shape)
+    assert another is not reserved and another.num_bytes == reserved.num_bytes < 4 << 20
 
 
 def test_choice_of_executors():

@@ -67,6 +67,10 @@ class PowerBackend(AttentionBackend):
         return capability >= DeviceCapability(8, 0)
 
     @classmethod
+    def supports_sink(cls) -> bool:
+        return True
+
+    @classmethod
     def executor_name(cls, vllm_config: VllmConfig) -> str:
         """What runs the plan, for the start-up line."""
         return str(executors_of(vllm_config))

@@ -45,7 +45,11 @@ class LayerImpl:
 
     def _make_dense(self, layer: Any, act_dtype: torch.dtype) -> None:
         selector = AttentionSelectorConfig(
-            head_size=self.head_size, dtype=act_dtype, kv_cache_dtype=self.kv_cache_dtype, block_size=None
+            head_size=self.head_size,
+            dtype=act_dtype,
+            kv_cache_dtype=self.kv_cache_dtype,
+            block_size=None,
+            has_sink=self.extra_arguments.get("sinks") is not None,
         )
         with set_current_vllm_config(self.vllm_config):
             backend = resolve_obj_by_qualname(

@@ -7,6 +7,7 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
+from vllm_power import buffers
 from vllm_power.executors import LayerCall
 from vllm_power.hybrid import LayerImpl
 from vllm_power.metadata import PowerMetadata
@@ -27,10 +28,11 @@ class PowerImpl(LayerImpl, AttentionImpl[PowerMetadata]):
         logits_soft_cap: float | None = None,
         attn_type: str = AttentionType.DECODER,
         kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> None:
         self.remember(
             num_heads, head_size, scale, num_kv_heads, alibi_slopes, sliding_window, kv_cache_dtype, logits_soft_cap,
-            attn_type, kv_sharing_target_layer_name,
+            attn_type, kv_sharing_target_layer_name, **({} if sinks is None else {"sinks": sinks}),
         )  # fmt: skip
         self.num_heads = num_heads
         self.head_size = head_size
@@ -39,6 +41,8 @@ class PowerImpl(LayerImpl, AttentionImpl[PowerMetadata]):
         self.kv_cache_dtype = kv_cache_dtype
         self.soft_cap = float(logits_soft_cap or 0.0)
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
+        self.sinks = sinks
+        self.buffers: buffers.StepBuffers | None = None
         self.is_fp8 = is_quantized_kv_cache(kv_cache_dtype)
 
     def forward(
@@ -61,6 +65,7 @@ class PowerImpl(LayerImpl, AttentionImpl[PowerMetadata]):
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("PowerAttention does not quantise its output")
         if attn_metadata is None:  # vLLM's memory profiling
+            buffers.reserve(self, output.device)
             return output.fill_(0)
         key_cache, value_cache = self._views(kv_cache)
         if self.is_fp8:
@@ -76,6 +81,7 @@ class PowerImpl(LayerImpl, AttentionImpl[PowerMetadata]):
             self.soft_cap,
             layer._k_scale if self.is_fp8 else None,
             layer._v_scale if self.is_fp8 else None,
+            self.sinks,
         )
         for part in attn_metadata.parts:
             part.attend(part, call)

@@ -14,11 +14,8 @@ from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuild
 from vllm.v1.attention.backends.utils import get_num_attention_heads_from_layers, split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec, is_quantized_kv_cache
 
-from vllm_power import executors, options, refusals
+from vllm_power import buffers, executors, options, refusals
 from vllm_power.executors import Part
-from vllm_power.kernels import decode
-from vllm_power.kernels.plan import VisibleBlocks
-from vllm_power.kernels.plan_gpu import PlanBuilder
 from vllm_power.warmup import warm_up
 
 
@@ -42,33 +39,30 @@ class PowerMetadataBuilder(AttentionMetadataBuilder[PowerMetadata]):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
-        model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
+        model = vllm_config.model_config
         num_heads = get_num_attention_heads_from_layers(
             vllm_config, layer_names
         ) or model.get_num_attention_heads(vllm_config.parallel_config)
-        group = num_heads // kv_cache_spec.num_kv_heads
-        self.decode_len = max(1, min(self.reorder_batch_threshold or 1, decode.MAX_ROWS // group))
-        pattern = options.of_config(vllm_config).effective_pattern
-        visible = VisibleBlocks.of(pattern, model.max_model_len, device)
-        self.block_size = pattern.block_size
+        page_size = kv_cache_spec.block_size
+        self.buffers = buffers.take(
+            vllm_config,
+            layer_names,
+            num_heads,
+            kv_cache_spec.num_kv_heads,
+            kv_cache_spec.head_size,
+            page_size,
+            device,
+        )
+        self.decode_len = self.buffers.decode_len
+        self.block_size = options.of_config(vllm_config).effective_pattern.block_size
         choice = executors_of(vllm_config)
         self.prefill_attend, self.decode_attend = (
             executors.load(choice.prefill),
             executors.load(choice.decode),
         )
-        page_size = kv_cache_spec.block_size
-        self.max_num_reqs, max_num_tokens = scheduler.max_num_seqs, scheduler.max_num_batched_tokens
-        self.decodes = PlanBuilder(visible, page_size, self.max_num_reqs, self.max_num_reqs * self.decode_len)
-        self.prefills = PlanBuilder(visible, page_size, self.max_num_reqs, max_num_tokens)
+        self.max_num_reqs = vllm_config.scheduler_config.max_num_seqs
         self.pages_of_a_request = -(-model.max_model_len // page_size)
         self.warmed_up = device.type == "cpu"  # nothing is compiled there
-        self.workspace = torch.empty(
-            decode.workspace_size(
-                num_heads, kv_cache_spec.num_kv_heads, kv_cache_spec.head_size, self.decode_len, device
-            ),
-            dtype=torch.float32,
-            device=device,
-        )
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec) -> AttentionCGSupport:
@@ -91,12 +85,13 @@ class PowerMetadataBuilder(AttentionMetadataBuilder[PowerMetadata]):
         parts = []
         if num_decodes:
             rows = slice(0, num_decodes)
-            parts.append(self.part(*requests(step, rows), decode_tokens, step.max_query_len, is_decode=True))
+            parts.append(self.part(*requests(step, rows), decode_tokens, step.max_query_len, True))
         if num_prefills:
             rows = slice(num_decodes, step.num_reqs)
-            parts.append(
-                self.part(*requests(step, rows), prefill_tokens, step.max_query_len, is_decode=False)
+            part = self.part(
+                *requests(step, rows), prefill_tokens, step.max_query_len, False, first=decode_tokens
             )
+            parts.append(part)
         return PowerMetadata(step.num_actual_tokens, tuple(parts))
 
     def part(
@@ -107,14 +102,26 @@ class PowerMetadataBuilder(AttentionMetadataBuilder[PowerMetadata]):
         num_tokens: int,
         max_query_len: int,
         is_decode: bool,
+        first: int = 0,
     ) -> Part:
-        """The part of a step that these requests are; the tensors and bounds are those of ``PlanBuilder.build``."""
-        builder, attend = (
-            (self.decodes, self.decode_attend) if is_decode else (self.prefills, self.prefill_attend)
-        )
+        """The part of a step that these requests are; the tensors and bounds are those of ``PlanBuilder.build``.
+
+        first: the number of the step's tokens before theirs.
+        """
+        if is_decode:
+            builder, attend = self.buffers.decodes, self.decode_attend
+        else:
+            builder, attend = self.buffers.prefills, self.prefill_attend
         max_query_len = min(max_query_len, self.decode_len) if is_decode else max_query_len
         plan = builder.build(query_start_loc, seq_lens, page_table, num_tokens, max_query_len)
-        return Part(plan, min(max_query_len, self.block_size), is_decode, self.workspace, attend)
+        return Part(
+            plan=plan,
+            end=first + num_tokens,
+            max_query_len=min(max_query_len, self.block_size),
+            is_decode=is_decode,
+            workspace=self.buffers.workspace,
+            attend=attend,
+        )
 
 
 def requests(step: CommonAttentionMetadata, rows: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

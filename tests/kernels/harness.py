@@ -4,15 +4,16 @@ import dataclasses
 from collections.abc import Callable
 
 import torch
-from paged import Step
+from paged import Request, Step, make_step
 from vllm_power.kernels.plan import Plan, VisibleBlocks
 from vllm_power.kernels.plan_gpu import PlanBuilder
-from vllm_power.kernels.reference import attention, visibility_mask
 
 from vllm_power.pattern import Pattern
 
 # Triton's interpreter multiplies bfloat16 matrices as if they were integers, so without a GPU float16 stands in.
 BFLOAT16 = torch.bfloat16 if torch.cuda.is_available() else torch.float16
+
+SMALL = Pattern(block_size=64)
 
 
 def to_fp8(step: Step, k_scale: float, v_scale: float) -> Step:
@@ -70,21 +71,40 @@ def assert_accurate(
     pattern: Pattern,
     scale: float,
     soft_cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
     slack: float = 2.0,
 ) -> None:
     """Hold the output to float64: its largest error may be ``slack`` times that of the same attention computed plainly
     in the output's dtype, and two roundings of the largest value more."""
-    expected = step.oracle(pattern, scale, soft_cap)
-    plain = []
-    for request, start, key, value in zip(
-        step.requests, step.query_start_loc, step.keys, step.values, strict=False
-    ):
-        if request.new:
-            query = step.query[start : start + request.new]
-            mask = visibility_mask(pattern, torch.arange(request.computed, request.length), request.length)
-            dtype = query.dtype
-            plain.append(attention(query, key.to(dtype), value.to(dtype), mask, scale, soft_cap))
-    allowed = slack * (torch.cat(plain).double() - expected).abs().max()
+    expected = step.oracle(pattern, scale, soft_cap, sinks)
+    plain = step.oracle(pattern, scale, soft_cap, sinks, step.query.dtype)
+    allowed = slack * (plain.double() - expected).abs().max()
     allowed += 2 * torch.finfo(output.dtype).eps * expected.abs().max()
     error = (output.double() - expected).abs().max()
     assert error <= allowed, f"largest error {error:.2e}, allowed {allowed:.2e}"
+
+
+def check(
+    kernel: Callable[..., None],
+    requests: list[Request],
+    page_size: int = 64,
+    pattern: Pattern = SMALL,
+    *,
+    device: torch.device,
+    fp8: bool = False,
+    soft_cap: float = 0.0,
+    with_sinks: bool = False,
+    **shape,
+) -> None:
+    """Run ``kernel`` over a random step and hold it to the oracle. shape: as for ``paged.make_step``."""
+    step = make_step(pattern, requests, page_size, **shape)
+    options = {}
+    if fp8:
+        step = to_fp8(step, 0.5, 2.0)
+        options = {"k_scale": torch.tensor(0.5, device=device), "v_scale": torch.tensor(2.0, device=device)}
+    sinks = torch.linspace(-1.0, 3.0, step.query.shape[1]) if with_sinks else None
+    if sinks is not None:
+        options["sinks"] = sinks.to(device)
+    scale = step.query.shape[2] ** -0.5
+    output = run(kernel, step, pattern, device, scale=scale, soft_cap=soft_cap, **options)
+    assert_accurate(output, step, pattern, scale, soft_cap, sinks)

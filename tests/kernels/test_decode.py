@@ -2,9 +2,10 @@
 
 import functools
 
+import harness
 import pytest
 import torch
-from harness import BFLOAT16, assert_accurate, run, to_fp8
+from harness import BFLOAT16, SMALL, assert_accurate, run
 from paged import Request, make_step
 from vllm_power.kernels import decode as decode_module
 from vllm_power.kernels import tuning
@@ -12,24 +13,13 @@ from vllm_power.kernels.decode import decode, workspace_size
 
 from vllm_power.pattern import Pattern
 
-SMALL = Pattern(block_size=64)
 LENGTHS = (0, 1, 62, 63, 64, 255, 383, 384, 1022, 1023, 1024)
 
 
-def check(
-    requests, page_size=64, pattern=SMALL, *, device, fp8=False, soft_cap=0.0, pieces=None, **shape
-) -> None:
-    step = make_step(pattern, requests, page_size, **shape)
-    scales = {}
-    if fp8:
-        step = to_fp8(step, 0.5, 2.0)
-        scales = {"k_scale": torch.tensor(0.5, device=device), "v_scale": torch.tensor(2.0, device=device)}
-    scale = shape.get("head_size", 16) ** -0.5
-    kernel = functools.partial(
-        decode, max_query_len=max(request.new for request in requests), num_pieces=pieces
-    )
-    output = run(kernel, step, pattern, device, scale=scale, soft_cap=soft_cap, **scales)
-    assert_accurate(output, step, pattern, scale, soft_cap)
+def check(requests, page_size=64, pattern=SMALL, *, device, pieces=None, **case) -> None:
+    longest = max(request.new for request in requests)
+    kernel = functools.partial(decode, max_query_len=longest, num_pieces=pieces)
+    harness.check(kernel, requests, page_size, pattern, device=device, **case)
 
 
 @pytest.mark.parametrize("pieces", [1, 2, 3, 8, None], ids="pieces-{}".format)
@@ -68,6 +58,13 @@ def test_dtypes_and_soft_caps(dtype: torch.dtype, soft_cap: float, device: torch
 @pytest.mark.parametrize("page_size", [16, 64], ids="page-{}".format)
 def test_fp8_cache(page_size: int, device: torch.device) -> None:
     check([Request(440, 1)], page_size, device=device, dtype=BFLOAT16, fp8=True)
+
+
+@pytest.mark.parametrize("pieces", [1, 4], ids="pieces-{}".format)
+@pytest.mark.parametrize("soft_cap", [0.0, 1.5], ids="cap-{}".format)
+def test_attention_sinks(pieces: int, soft_cap: float, device: torch.device) -> None:
+    requests = [Request(0, 1), Request(440, 3), Request(700, 1)]
+    check(requests, 16, device=device, pieces=pieces, soft_cap=soft_cap, with_sinks=True, dtype=BFLOAT16)
 
 
 def test_padded_requests(device: torch.device) -> None:

@@ -2,16 +2,16 @@
 
 import functools
 
+import harness
 import pytest
 import torch
-from harness import BFLOAT16, assert_accurate, run, to_fp8
+from harness import BFLOAT16, SMALL, run
 from paged import Request, make_step
 from vllm_power.kernels import prefill_hopper
 from vllm_power.kernels.prefill import prefill
 
 from vllm_power.pattern import POWER, Pattern, preset
 
-SMALL = Pattern(block_size=64)
 BATCHES = {
     "1-token": [Request(0, 1)],
     "63-tokens": [Request(0, 63)],
@@ -23,16 +23,9 @@ BATCHES = {
 }
 
 
-def check(requests, page_size=64, pattern=SMALL, *, device, fp8=False, soft_cap=0.0, **shape) -> None:
-    step = make_step(pattern, requests, page_size, **shape)
-    scales = {}
-    if fp8:
-        step = to_fp8(step, 0.5, 2.0)
-        scales = {"k_scale": torch.tensor(0.5, device=device), "v_scale": torch.tensor(2.0, device=device)}
-    scale = shape.get("head_size", 16) ** -0.5
+def check(requests, page_size=64, pattern=SMALL, *, device, **case) -> None:
     kernel = functools.partial(prefill, max_query_len=pattern.block_size)
-    output = run(kernel, step, pattern, device, scale=scale, soft_cap=soft_cap, **scales)
-    assert_accurate(output, step, pattern, scale, soft_cap)
+    harness.check(kernel, requests, page_size, pattern, device=device, **case)
 
 
 @pytest.mark.parametrize("batch", BATCHES)
@@ -75,6 +68,11 @@ def test_patterns(name: str, device: torch.device) -> None:
     check([Request(300, 70)], 16, preset(name, block_size=64), device=device)
 
 
+@pytest.mark.parametrize("soft_cap", [0.0, 1.5], ids="cap-{}".format)
+def test_attention_sinks(soft_cap: float, device: torch.device) -> None:
+    check([Request(0, 1), Request(440, 90)], device=device, soft_cap=soft_cap, with_sinks=True)
+
+
 def test_a_prompt_in_chunks_is_the_prompt_at_once(device: torch.device) -> None:
     step = make_step(SMALL, [Request(0, 400)], 64)
     kernel = functools.partial(prefill, max_query_len=64)
@@ -100,13 +98,19 @@ def test_refuses_what_does_not_fit(device: torch.device) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the interpreter does not know Gluon")
+@pytest.mark.parametrize(
+    "case",
+    [{}, {"soft_cap": 1.5}, {"with_sinks": True}, {"head_size": 64}, {"head_size": 64, "with_sinks": True}],
+    ids=lambda case: "-".join(case) or "plain",
+)
 @pytest.mark.parametrize("page_size", [16, 64, 256], ids="page-{}".format)
 def test_qwen2_shape_at_full_blocks(
-    page_size: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    page_size: int, case: dict, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
     hopper = prefill_hopper.prefill
     monkeypatch.setattr(prefill_hopper, "prefill", lambda *given: (calls.append(given), hopper(*given)))
     requests = [Request(0, 1537), Request(6143, 513), Request(4095, 1), Request(0, 0), Request(3000, 257)]
-    check(requests, page_size, POWER, device=device, dtype=BFLOAT16, heads=28, kv_heads=4, head_size=128)
+    shape = {"heads": 28, "kv_heads": 4, "head_size": 128, "dtype": BFLOAT16} | case
+    check(requests, page_size, POWER, device=device, **shape)
     assert len(calls) == (torch.cuda.get_device_capability() == (9, 0))

@@ -25,7 +25,8 @@ class LayerCall:
     """One layer's attention in one step.
 
     query, output: [T, H, D]. key_cache, value_cache: [pages, page_size, G, D], any strides but the last. k_scale,
-    v_scale: float32 scalars on the device that an fp8 cache is multiplied by; None where it is not fp8.
+    v_scale: float32 scalars on the device that an fp8 cache is multiplied by; None where it is not fp8. sinks: [H], the
+    model's attention sinks, if it has any.
     """
 
     query: torch.Tensor
@@ -36,16 +37,19 @@ class LayerCall:
     soft_cap: float
     k_scale: torch.Tensor | None
     v_scale: torch.Tensor | None
+    sinks: torch.Tensor | None
 
 
 @dataclass
 class Part:
     """The requests of a step that go through one kernel.
 
-    max_query_len: the most query tokens a segment can have. workspace: float32, for a decode kernel's pieces.
+    end: their tokens end there, among those of the step. max_query_len: the most query tokens a segment can have.
+    workspace: float32, for a decode kernel's pieces.
     """
 
     plan: Plan
+    end: int
     max_query_len: int
     is_decode: bool
     workspace: torch.Tensor

@@ -12,11 +12,12 @@ def attend(part: Part, layer: LayerCall) -> None:
     """``executors.Attend``. The cache must have the query's dtype: ``k_scale`` and ``v_scale`` are None."""
     plan = part.plan
     flash_attn_varlen_func(
-        q=layer.query,
+        # FlashAttention 2 lays out decodes anew by their number: it must not get the tokens after them.
+        q=layer.query[: part.end],
         # TMA wants aligned strides, of a single KV head too.
         k=canonicalize_singleton_dim_strides(layer.key_cache),
         v=canonicalize_singleton_dim_strides(layer.value_cache),
-        out=layer.output,
+        out=layer.output[: part.end],
         cu_seqlens_q=plan.query_start_loc,
         max_seqlen_q=part.max_query_len,
         seqused_k=plan.key_lens,
@@ -25,6 +26,7 @@ def attend(part: Part, layer: LayerCall) -> None:
         causal=True,
         block_table=plan.page_table,
         softcap=layer.soft_cap,
+        s_aux=layer.sinks,
         fa_version=_version(),
     )
 

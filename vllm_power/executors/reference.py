@@ -22,5 +22,5 @@ def attend(part: Part, layer: LayerCall) -> None:
         positions = torch.arange(num_keys, device=key.device)
         mask = positions <= positions[num_keys - (end - start) :, None]
         query = layer.query[start:end].float()
-        attended = attention(query, key, value, mask, layer.scale, layer.soft_cap)
+        attended = attention(query, key, value, mask, layer.scale, layer.soft_cap, layer.sinks)
         layer.output[start:end] = attended.to(layer.output.dtype)

@@ -18,6 +18,7 @@ def attend(part: Part, layer: LayerCall) -> None:
         soft_cap=layer.soft_cap,
         k_scale=layer.k_scale,
         v_scale=layer.v_scale,
+        sinks=layer.sinks,
         max_query_len=part.max_query_len,
         **settings,
     )
