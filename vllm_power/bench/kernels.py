@@ -50,7 +50,7 @@ def measure(bench: str, work: Work, peer: Callable[[Work, int], peers.Call]) -> 
             times = time_calls(calls[0], 0, 1, warm_up=0)
         else:
             times = time_calls(calls[0], 0.2)
-    except (ImportError, NotImplementedError, RuntimeError, TypeError) as error:
+    except (ImportError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         Console(stderr=True).print(f"{peer.__name__}, {work.context} x {work.batch}: {error!r:.200}")
         return None
     return {

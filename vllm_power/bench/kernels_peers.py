@@ -155,8 +155,9 @@ def flex(work: Work, layer: int) -> Call:
 
 
 def xformers_plan(work: Work, layer: int) -> Call:
-    """xformers' paged attention (its split-K decode) over the plan."""
+    """xformers' paged attention (its split-K decode) over the plan, on pages of at least 64 tokens."""
     import xformers.ops as ops
+    from xformers.ops.fmha import triton_splitk
     from xformers.ops.fmha.attn_bias import PagedBlockDiagonalCausalWithOffsetPaddedKeysMask
 
     plan, shape = work.merged_plan, work.shape
@@ -173,7 +174,13 @@ def xformers_plan(work: Work, layer: int) -> Call:
         for cache in work.caches[layer]
     )
     return functools.partial(
-        ops.memory_efficient_attention_forward, query, key, value, attn_bias=bias, scale=shape.scale
+        ops.memory_efficient_attention_forward,
+        query,
+        key,
+        value,
+        attn_bias=bias,
+        scale=shape.scale,
+        op=triton_splitk.FwOp,
     )
 
 

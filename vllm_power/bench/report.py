@@ -1,10 +1,13 @@
-"""``vllm-power bench report``: the tables in the README and the plots in docs/results, drawn from the recorded rows."""
+"""``vllm-power bench report``: README tables, plots in docs/results and the table of executors, from recorded rows."""
 
 import json
 import re
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from vllm_power.executors import FASTEST
 
 Row = dict[str, Any]
 MARK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end -->)", re.S)
@@ -16,11 +19,20 @@ def rows(folder: Path, name: str) -> list[Row]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def last_run(measured: list[Row]) -> list[Row]:
+    """The rows of the same machine, commit and day as the last one: only within a run are times compared."""
+
+    def run(row: Row) -> tuple[Any, ...]:
+        return row["gpu"], row.get("cpu"), row["versions"], row["commit"], row["date"]
+
+    return [row for row in measured if run(row) == run(measured[-1])]
+
+
 def latest(measured: list[Row]) -> dict[tuple[str, int, int, str], float]:
-    """{(bench, batch, context, impl): median ms}; of rows that measured the same, the last."""
+    """{(bench, batch, context, impl): median ms} of the last run; of rows that measured the same, the last."""
     return {
         (row["bench"], row["batch"], row["context"], row["impl"]): row["median_ms"]
-        for row in measured
+        for row in last_run(measured)
         if "median_ms" in row
     }
 
@@ -128,8 +140,29 @@ def plot(folder: Path, name: str) -> Path:
     return path
 
 
+def fastest(measured: list[Row]) -> dict[str, dict[str, str]]:
+    """{compute capability: {"prefill": executor, "decode": executor}}: the faster one, by the geometric mean of the
+    ratios over all works of the last run on each kind of GPU, on the largest page."""
+    executors = {"power": "triton", "plan_fa3": "flash_attn"}
+    table: dict[str, dict[str, str]] = {}
+    for capability in sorted({row["capability"] for row in measured if row.get("capability")}):
+        rows_of = last_run([row for row in measured if row.get("capability") == capability])
+        page = max(row["page"] for row in rows_of if "page" in row)
+        times = latest([row for row in rows_of if row.get("page") == page and row["impl"] in executors])
+        for bench in ("prefill", "decode"):
+            works = {key[:3] for key in times if key[0] == bench}
+            pairs = [(times.get((*work, "power")), times.get((*work, "plan_fa3"))) for work in works]
+            ratios = [theirs / ours for ours, theirs in pairs if ours and theirs]
+            if ratios:
+                winner = "power" if statistics.geometric_mean(ratios) >= 1 else "plan_fa3"
+                table.setdefault(capability, {})[bench] = executors[winner]
+    return table
+
+
 def main(page: Path = Path("README.md"), folder: Path = Path("docs/results")) -> None:
-    """Draw the tables of ``page`` and the plots anew."""
+    """Draw the tables of ``page`` and the plots anew, and write down which executor ``auto`` takes."""
+    if choices := fastest(rows(folder, "kernels")):
+        FASTEST.write_text(json.dumps(choices) + "\n")
     page.write_text(filled(page.read_text(), folder))
     for name in PLOTS:
         if rows(folder, name):

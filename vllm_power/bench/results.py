@@ -12,7 +12,7 @@ FOLDER = Path("docs/results")
 
 
 def machine() -> dict[str, Any]:
-    """gpu, driver, versions, commit and date of this run. ``gpu`` is None on a machine without one."""
+    """GPU, capability, driver, versions, commit and date of this run; those of a GPU are None where there is none."""
     import torch
 
     versions: dict[str, str | None] = {}
@@ -22,14 +22,17 @@ def machine() -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    capability = ".".join(map(str, torch.cuda.get_device_capability())) if gpu else None
     return {
         "gpu": gpu,
+        "capability": capability,
         "cpu": f"{_cpu_model()}, {os.cpu_count()} cores",
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
         if gpu
         else None,
         "versions": versions,
-        "commit": _output("git", "rev-parse", "--short", "HEAD"),
+        # A machine that has the wheel but no repository is told.
+        "commit": _output("git", "rev-parse", "--short", "HEAD") or os.environ.get("POWER_COMMIT"),
         "date": datetime.now(UTC).date().isoformat(),
     }
 
