@@ -182,8 +182,8 @@ class Pattern:
         hops: list[int | None] = [None] * (q + 1)
         hops[q] = 0
         frontier = [q]
-        layer = 0
-        while frontier:
+        layer, missing = 0, q
+        while frontier and missing:
             layer += 1
             reached = []
             for block in frontier:
@@ -191,6 +191,7 @@ class Pattern:
                     if hops[seen] is None:
                         hops[seen] = layer
                         reached.append(seen)
+            missing -= len(reached)
             frontier = reached
         return hops
 
