@@ -2,9 +2,11 @@
 PYTHON ?= python3
 DEVICE ?= auto
 BIN := .venv/bin
+# One case of everything that a kernel does differently; all of them would take an hour under a sanitizer.
+SANITIZED := mixed or drafts or fp8 or sinks or head-80 or head-192 or page-16 or qwen2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-gpu lint format bench lock wheel clean
+.PHONY: help setup demo test test-fast test-gpu sanitize lint format bench lock wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,8 +24,13 @@ test: setup ## every test (those for a GPU are skipped where there is none)
 test-fast: setup ## the tests that start no engine
 	$(BIN)/pytest -m "not e2e"
 
-test-gpu: setup ## the tests that need an NVIDIA GPU
+test-gpu: setup ## the tests that run on an NVIDIA GPU: kernels natively, and the engine
 	$(BIN)/pytest -m gpu
+
+sanitize: setup ## compute-sanitizer over the kernels on an NVIDIA GPU: no finding of memcheck, initcheck, racecheck
+	@for tool in memcheck initcheck racecheck; do \
+		compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/pytest -q tests/kernels -m gpu -k "$(SANITIZED)" || exit 1; \
+	done
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check

@@ -21,6 +21,7 @@ SETTINGS: dict[str, Any] = {
     "max_num_batched_tokens": 1000,
     "max_num_seqs": 16,
     "kv_cache_memory_bytes": 256 << 20,
+    "gpu_memory_utilization": 0.3,
     "skip_tokenizer_init": True,
     "enforce_eager": True,
     "disable_log_stats": False,

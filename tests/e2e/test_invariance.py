@@ -114,6 +114,7 @@ def test_preemption(model: Path, worker: Worker, allowed: Allowed) -> None:
     check_same(results, alone, allowed)
 
 
+@pytest.mark.cpu
 def test_tensor_parallel(
     model: Path, another_worker: Callable[..., Worker], expected: list[generation.Generated], allowed: Allowed
 ) -> None:
@@ -155,6 +156,7 @@ def test_speculative_decoding(
     check_same(results, plain, allowed)
 
 
+@pytest.mark.cpu
 def test_fp8_cache(model: Path, worker: Worker) -> None:
     """Equal to transformers over keys and values cut to fp8, by float32's error; the cut itself is far above that."""
     if not (torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported()):

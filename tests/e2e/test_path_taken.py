@@ -13,6 +13,7 @@ from prompts import random_tokens
 
 from vllm_power.pattern import POWER
 
+pytestmark = pytest.mark.cpu
 PROMPT = random_tokens(4000)
 STEPS = 120  # over the boundary at 4,096
 SMALL_CHUNKS = {
