@@ -206,7 +206,7 @@ class Reclamation(RuleBasedStateMachine):
         for request in self.running:
             name = request.request_id
             blocks = self.ours.req_to_blocks[name]
-            passed = self.ours.query_block_of.get(name, 0)
+            passed = self.ours.requests[name].query_block
             # The token sampled last is not a query; drafts may reach past it.
             last_query = min(MAX_LEN, request.num_prompt_tokens + request.max_tokens) - 2 + DRAFTS
             lives = lifetimes(self.spec.pattern, min(last_query, MAX_LEN - 1) // BLOCK)
@@ -219,13 +219,7 @@ class Reclamation(RuleBasedStateMachine):
         for request in list(self.running):
             self._finish(request)
         assert self.manager.block_pool.get_num_free_blocks() == POOL - 1
-        for state in (
-            self.ours.req_to_blocks,
-            self.ours.num_tokens_of,
-            self.ours.query_block_of,
-            self.ours.num_null_of,
-        ):
-            assert not state
+        assert not self.ours.req_to_blocks and not self.ours.requests
 
 
 def machine(pattern_name: str, prefix_caching: bool, examples: int):

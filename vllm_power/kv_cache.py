@@ -10,6 +10,7 @@ Written against vllm/v1/core/single_type_kv_cache_manager.py and vllm/v1/kv_cach
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import chain
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -70,6 +71,20 @@ class PowerAttentionSpec(AttentionSpec):
         return min(peak, -(-num_tokens // self.block_size))
 
 
+@dataclass(slots=True)
+class _Request:
+    """What the manager keeps of a request that holds pages.
+
+    num_tokens: the most that it can get. query_block: all queries before this block are through. next_release: the
+    settled tokens at which the next block is through. num_null: pages of its table that it does not hold.
+    """
+
+    num_tokens: int
+    num_null: int
+    query_block: int = 0
+    next_release: int = 0
+
+
 class PowerAttentionManager(SingleTypeKVCacheManager):
     """Frees the dead blocks of each request, in the middle of its table, as its queries pass them."""
 
@@ -78,65 +93,66 @@ class PowerAttentionManager(SingleTypeKVCacheManager):
     def __init__(self, kv_cache_spec: PowerAttentionSpec, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
         self.prefix_caching: bool = kwargs["enable_caching"]
-        # vLLM hands a manager the Request, which knows max_tokens, only through cache_blocks, and calls that only
-        # where this flag is set. Without prefix caching there are no cached blocks, so nothing else looks at it.
-        self.enable_caching = True
-        self.num_tokens_of: dict[str, int] = {}  # the most tokens a request can get
-        self.query_block_of: dict[str, int] = {}  # all queries before this block are through
-        self.num_null_of: dict[str, int] = {}  # pages of its table that it does not hold
+        self.requests: dict[str, _Request] = {}
 
     # --- what vLLM calls ----------------------------------------------------------------------------------------
-
-    def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
-        if request.request_id not in self.num_tokens_of:
-            limit = self.kv_cache_spec.max_model_len
-            if not getattr(request, "resumable", False):  # a resumable request may get more prompt later
-                limit = min(limit, request.num_prompt_tokens + request.max_tokens)
-            self.num_tokens_of[request.request_id] = limit
-        if self.prefix_caching:
-            super().cache_blocks(request, num_tokens, *args, **kwargs)
 
     def remove_skipped_blocks(
         self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
     ) -> None:
         """Free what no query from ``processed_computed_tokens`` on can see. Called before every allocation."""
-        query_block = processed_computed_tokens // self.kv_cache_spec.pattern.block_size
-        passed = self.query_block_of.get(request_id, 0)
-        if query_block <= passed or request_id not in self.num_tokens_of:
-            return
-        lives = self.kv_cache_spec.lifetimes(self.num_tokens_of[request_id])
-        blocks = self.req_to_blocks[request_id]
-        freed = []
-        for block in (dead for q in lives.dying_after[passed:query_block] for dead in q):
-            for page in self._pages(block, len(blocks)):
-                if not blocks[page].is_null:
-                    freed.append(blocks[page])
-                    blocks[page] = self._null_block
-        self.block_pool.free_blocks(freed)
-        self.query_block_of[request_id] = query_block
-        self.num_null_of[request_id] = self.num_null_of.get(request_id, 0) + len(freed)
+        known = self.requests.get(request_id)
+        if known is None:
+            # vLLM hands a manager the Request, which knows max_tokens, only through cache_blocks at the end of an
+            # allocation, and calls that only where this flag is set. Without prefix caching nothing else reads it.
+            self.enable_caching = True
+        elif processed_computed_tokens >= known.next_release:
+            self._release(request_id, known, processed_computed_tokens)
 
-    def add_local_computed_blocks(
-        self, request_id: str, new_computed_blocks: Sequence[KVCacheBlock], *args: Any, **kwargs: Any
+    def cache_blocks(
+        self,
+        request: Request,
+        num_tokens: int,
+        retention_interval: int | None = None,
+        *,
+        replay_boundaries: Sequence[int],
     ) -> None:
-        super().add_local_computed_blocks(request_id, new_computed_blocks, *args, **kwargs)
-        self.num_null_of[request_id] = sum(block.is_null for block in new_computed_blocks)
+        if request.request_id not in self.requests:
+            self._meet(request)
+        if self.prefix_caching:
+            super().cache_blocks(request, num_tokens, retention_interval, replay_boundaries=replay_boundaries)
 
     def get_num_blocks_to_allocate(
-        self, request_id: str, *args: Any, apply_admission_cap: bool = False, **kwargs: Any
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        total_computed_tokens: int,
+        num_local_computed_tokens: int,
+        num_tokens_main_model: int,
+        apply_admission_cap: bool = False,
+        prefill_end: int = 0,
     ) -> int:
         """As vLLM's; with ``apply_admission_cap``, no more than the request still comes to hold at its peak."""
-        needed = super().get_num_blocks_to_allocate(request_id, *args, apply_admission_cap=False, **kwargs)
+        needed = super().get_num_blocks_to_allocate(
+            request_id,
+            num_tokens,
+            new_computed_blocks,
+            total_computed_tokens,
+            num_local_computed_tokens,
+            num_tokens_main_model,
+            False,
+            prefill_end,
+        )
         if not apply_admission_cap:
             return needed
-        num_tokens = self.num_tokens_of.get(request_id, self.kv_cache_spec.max_model_len)
-        peak = self.kv_cache_spec.peak_pages(self.query_block_of.get(request_id, 0), num_tokens)
-        held = len(self.req_to_blocks.get(request_id, ())) - self.num_null_of.get(request_id, 0)
+        known = self.requests.get(request_id) or _Request(self.kv_cache_spec.max_model_len, 0)
+        peak = self.kv_cache_spec.peak_pages(known.query_block, known.num_tokens)
+        held = len(self.req_to_blocks.get(request_id, ())) - known.num_null
         return min(needed, max(peak - held, 0))
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
-        for state in (self.num_tokens_of, self.query_block_of, self.num_null_of):
-            state.pop(request_id, None)
+        self.requests.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
 
     @classmethod
@@ -195,9 +211,33 @@ class PowerAttentionManager(SingleTypeKVCacheManager):
 
     # --- helpers ------------------------------------------------------------------------------------------------
 
-    def _pages(self, block: int, num_pages: int) -> range:
+    def _meet(self, request: Request) -> None:
+        """Note how long the request can get. It has its first pages, null where its prefix hit needs none."""
+        limit = self.kv_cache_spec.max_model_len
+        if not getattr(request, "resumable", False):  # a resumable request may get more prompt later
+            limit = min(limit, request.num_prompt_tokens + request.max_tokens)
+        num_null = sum(page.is_null for page in self.req_to_blocks[request.request_id])
+        self.requests[request.request_id] = _Request(limit, num_null)
+        self.num_cached_block.setdefault(request.request_id, 0)  # vLLM's shorter way for a running request
+        self.enable_caching = self.prefix_caching
+
+    def _release(self, request_id: str, request: _Request, settled_tokens: int) -> None:
+        """Free the blocks that died since the last call."""
+        block_size = self.kv_cache_spec.pattern.block_size
+        query_block = settled_tokens // block_size
+        lives = self.kv_cache_spec.lifetimes(request.num_tokens)
+        pages = self.req_to_blocks[request_id]
         pages_per_block = self.kv_cache_spec.pages_per_block
-        return range(block * pages_per_block, min((block + 1) * pages_per_block, num_pages))
+        freed = []
+        for dead in chain.from_iterable(lives.dying_after[request.query_block : query_block]):
+            for page in range(dead * pages_per_block, min((dead + 1) * pages_per_block, len(pages))):
+                if not pages[page].is_null:
+                    freed.append(pages[page])
+                    pages[page] = self._null_block
+        self.block_pool.free_blocks(freed)
+        request.query_block = query_block
+        request.next_release = (query_block + 1) * block_size
+        request.num_null += len(freed)
 
 
 KVCacheSpecRegistry._ensure_registered()  # ours first would leave vLLM's own specs out of the registry
