@@ -86,6 +86,34 @@ def bench_report_command() -> None:
     main()
 
 
+@app.command("explore")
+def explore_command(
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8700,
+    model: Annotated[
+        Path | None, typer.Option(help="A model's folder, or its config.json, for the planner.")
+    ] = None,
+) -> None:
+    """Serve a page that draws the pattern and plans GPUs; needs neither vLLM nor a GPU."""
+    try:
+        from vllm_power.server.explore import main
+    except ModuleNotFoundError as error:
+        typer.echo(f"{error.name} is not installed: pip install 'vllm-power[explore]'", err=True)
+        raise typer.Exit(1) from None
+
+    raise typer.Exit(main(host, port, model))
+
+
+@app.command("doctor")
+def doctor_command(
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Check the machine and the installation, and say what to do; fails where something has to be mended."""
+    from vllm_power.doctor.report import main
+
+    raise typer.Exit(main(as_json))
+
+
 @app.command("version")
 def version_command() -> None:
     """Print the versions of vllm-power and of what it runs on."""

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Protocol
 from fastapi import APIRouter, FastAPI, HTTPException, Query, Request, Response
 from fastapi.responses import FileResponse
 
+from vllm_power.server import planner
 from vllm_power.server.drawing import Drawing, draw
 
 PAGE = Path(__file__).with_name("page")
@@ -49,6 +50,7 @@ def attach(app: FastAPI) -> None:
     """Add the routes to ``app``."""
     app.include_router(page)
     app.include_router(json)
+    app.include_router(planner.router)
 
 
 @page.get("/power")

@@ -1,0 +1,41 @@
+// Starts the page's parts, and asks for the API key where the server wants one.
+
+import { NoKey, Unreachable, ask, useKey } from "./api.js";
+import { byId, say } from "./dom.js";
+import * as explanation from "./explain.js";
+import * as figures from "./live.js";
+import * as planner from "./planner.js";
+
+async function start() {
+  try {
+    const info = await ask("info");
+    byId("key-form").hidden = true;
+    const { text, ...pattern } = info.pattern ?? {};
+    figures.live(info);
+    await Promise.all([explanation.explain(pattern, info.max_model_len), planner.plan(pattern)]);
+  } catch (error) {
+    fail(error);
+  }
+}
+
+function fail(error) {
+  if (error.name === "AbortError") return;
+  say("status", error.message || "This server wants its API key.");
+  if (error instanceof NoKey) {
+    byId("key-form").hidden = false;
+    byId("key").focus();
+  } else if (!(error instanceof Unreachable)) {
+    throw error;
+  }
+}
+
+byId("key-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  useKey(byId("key").value);
+  byId("key").value = "";
+  start();
+});
+explanation.listen(fail);
+figures.listen();
+planner.listen(fail);
+start();
