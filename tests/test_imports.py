@@ -57,6 +57,7 @@ def test_the_engines_path_imports_no_tool():
         "vllm_power.demo",
         "vllm_power.cli",
         "vllm_power.evals",
+        "vllm_power.server",
         "vllm_power.training",
     )
     assert not {module for module in loaded if module.startswith(rooms)}

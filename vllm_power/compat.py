@@ -1,9 +1,12 @@
 """Work-arounds for vLLM 0.32 and 0.33, each with its reason, its symptom and when it can go."""
 
 import copyreg
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_power.plugin import NAME
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 
 def make_backend_picklable() -> None:
@@ -53,3 +56,20 @@ def adopt_platform() -> None:
         return
     overrides = PowerCpuPlatform if current_platform.is_cpu() else PowerPlatform
     current_platform.__class__ = type(f"Power{original.__name__}", (overrides, original), {})
+
+
+def count_steps(vllm_config: "VllmConfig") -> None:
+    """Put our count of each step in front of the scheduler's class, in the engine that has this configuration.
+
+    Why: the scheduler alone knows what a step reads, for all ranks and without dummy batches, and vLLM has no place
+    for a plugin there. Its own ``--scheduler-cls`` would take the place of a user's.
+    Symptom: no ``vllm_power_...`` in /metrics.
+    Goes when: SchedulerStats has a field for plugins, filled in the engine's process.
+    """
+    from vllm_power.figures.steps import CountedScheduler
+
+    config = vllm_config.scheduler_config
+    original = config.get_scheduler_cls()
+    if not issubclass(original, CountedScheduler):
+        counted = type(f"Counted{original.__name__}", (CountedScheduler, original), {})
+        config.get_scheduler_cls = lambda: counted

@@ -94,6 +94,7 @@ class PowerAttentionManager(SingleTypeKVCacheManager):
         super().__init__(kv_cache_spec, **kwargs)
         self.prefix_caching: bool = kwargs["enable_caching"]
         self.requests: dict[str, _Request] = {}
+        self.num_reclaimed = 0  # pages given back early, of all requests so far
 
     # --- what vLLM calls ----------------------------------------------------------------------------------------
 
@@ -238,6 +239,7 @@ class PowerAttentionManager(SingleTypeKVCacheManager):
         request.query_block = query_block
         request.next_release = (query_block + 1) * block_size
         request.num_null += len(freed)
+        self.num_reclaimed += len(freed)
 
 
 KVCacheSpecRegistry._ensure_registered()  # ours first would leave vLLM's own specs out of the registry

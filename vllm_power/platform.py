@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 
-from vllm_power import options, refusals
+from vllm_power import compat, options, refusals
 from vllm_power.plugin import NAME
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ class PowerPlatform:
         if is_selected(vllm_config) and not is_draft(vllm_config):
             refusals.check_config(vllm_config)
             refusals.check_executor(vllm_config, on_cpu=cls.device_type == "cpu")
+            _share_figures()
 
     @classmethod
     def get_attn_backend_cls(
@@ -57,6 +58,13 @@ class PowerPlatform:
             refusals.check_page_size(vllm_config)
             _report(vllm_config)
 
+    @classmethod
+    def register_custom_kv_cache_specs(cls, vllm_config: "VllmConfig | None") -> None:
+        """Called in the engine's process, before it makes its scheduler; without a configuration elsewhere."""
+        super().register_custom_kv_cache_specs(vllm_config)  # type: ignore[misc]
+        if vllm_config is not None and is_selected(vllm_config):
+            compat.count_steps(vllm_config)
+
 
 class PowerCpuPlatform(PowerPlatform):
     """In addition, on a CPU: ``_power_backend`` names ours (vllm/platforms/cpu.py ignores the chosen backend)."""
@@ -78,10 +86,22 @@ def is_draft(vllm_config: "VllmConfig") -> bool:
     return vllm_config.model_config is not None and vllm_config.model_config.runner_type == "draft"
 
 
+def _share_figures() -> None:
+    """Make room, in a process that starts or serves the engine, for what that will count; log where there is none."""
+    from vllm_power.figures import board, reader
+
+    try:
+        board.open_board()
+        reader.join_metrics()
+    except Exception as error:
+        logger.warning("PowerAttention: there will be no metrics of it: %r", error)
+
+
 def _report(vllm_config: "VllmConfig") -> None:
     """Log once what runs: pattern, density, executor, layers, reclamation. Refuses a model with no layer for it."""
     from vllm.model_executor.models.utils import extract_layer_index
 
+    from vllm_power.figures import stage
     from vllm_power.kv_cache import why_not
 
     layers = {
@@ -93,6 +113,9 @@ def _report(vllm_config: "VllmConfig") -> None:
     dense = sorted(
         {extract_layer_index(name) for name, backend in layers.items() if backend.get_name() != NAME}
     )
+    executor = sparse[0].executor_name(vllm_config) if sparse else None
+    reason = why_not(vllm_config)
+    stage.tell(vllm_config, executor, reason or "on")
     if not sparse and vllm_config.parallel_config.pipeline_parallel_size > 1:
         return  # this rank's layers all stay dense; another's need not
     refusals.check_any_layer(len(sparse), len(layers))
@@ -104,10 +127,10 @@ def _report(vllm_config: "VllmConfig") -> None:
         str(pattern),
         100 * pattern.density(max_len),
         max_len,
-        sparse[0].executor_name(vllm_config),
+        executor,
         len(sparse),
         len(layers),
         f" (not {', '.join(map(str, dense))})" if dense else "",
-        f"off: {reason}" if (reason := why_not(vllm_config)) else "on",
+        f"off: {reason}" if reason else "on",
         scope="global",
     )

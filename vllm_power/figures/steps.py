@@ -1,0 +1,135 @@
+"""Counts an engine's steps, in its scheduler: tokens, blocks read and skipped, layers run, blocks held and given back.
+
+A step's new tokens of one request that lie in one query block read that block's visible key blocks: one segment of the
+plan. So a prompt counts as many pairs as its chunks make segments, and a decoding sequence one block's readings a step.
+The lengths are the scheduler's: exact, save that with asynchronous scheduling and speculative decoding they are those
+before rejected drafts are taken back.
+"""
+
+from importlib.metadata import version
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+from vllm.logger import init_logger
+
+from vllm_power import options
+from vllm_power.figures import board, names, stage, writer
+from vllm_power.figures.names import Figure
+from vllm_power.visible_counts import visible_counts
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.core.sched.output import SchedulerOutput
+
+logger = init_logger("vllm.power")
+
+
+class CountedScheduler:
+    """Stands before the class of vLLM's scheduler in use (``compat.count_steps``)."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.power_steps: StepCounter | None = None
+        try:
+            self.power_steps = StepCounter(self.vllm_config, self)  # type: ignore[attr-defined]
+        except Exception as error:
+            logger.warning("PowerAttention: there are no metrics of it, its engine can not count: %r", error)
+
+    def update_from_output(self, scheduler_output: "SchedulerOutput", *args: Any, **kwargs: Any) -> Any:
+        outputs = super().update_from_output(scheduler_output, *args, **kwargs)  # type: ignore[misc]
+        if self.power_steps is not None:
+            self.power_steps.count(scheduler_output)
+        return outputs
+
+
+class StepCounter:
+    """The figures of one engine. Raises OSError where they can not be written."""
+
+    def __init__(self, vllm_config: "VllmConfig", scheduler: Any) -> None:
+        self.scheduler, self.pool = scheduler, scheduler.kv_cache_manager.block_pool
+        self.engine = str(vllm_config.parallel_config.data_parallel_index)
+        self.labels = writer.common_labels(vllm_config)
+        asked = options.of_config(vllm_config)
+        pattern, max_model_len = asked.effective_pattern, vllm_config.model_config.max_model_len
+        self.shift = pattern.block_size.bit_length() - 1
+        # Optimistic lengths may run past the last block.
+        self.visible = visible_counts(pattern, pattern.num_blocks(max_model_len) + 2)
+        self.visible_before = [0, *accumulate(self.visible)]
+
+        self.counting = self._value(names.COUNTING)  # 0 until all is there
+        self.tokens, self.read = self._value(names.TOKENS), self._value(names.BLOCKS_READ)
+        self.skipped, self.running = self._value(names.BLOCKS_SKIPPED), self._value(names.SEQUENCES_RUNNING)
+        self.live, self.reclaimed = self._value(names.KV_BLOCKS_LIVE), self._value(names.KV_BLOCKS_RECLAIMED)
+        self._value(names.KV_BLOCKS_CAPACITY).set(self.pool.num_gpu_blocks - 1)  # without the null block
+        self._value(names.RECLAMATION_REQUESTED).set(asked.reclaim)
+        self._value(names.REFUSALS, reason=names.LOOKS_AHEAD)
+        self.managers = [
+            manager
+            for manager in scheduler.kv_cache_manager.coordinator.single_type_managers
+            if hasattr(manager, "num_reclaimed")
+        ]
+        self._value(names.RECLAMATION_ENABLED).set(bool(self.managers))
+        self.executions: list[tuple[writer.Value, int]] = []
+        self._introduce(vllm_config, asked)
+        self.counting.set(1)
+
+    def count(self, step: "SchedulerOutput") -> None:
+        """Count a step that was run. Raises nothing: after an error serving goes on, and the figure COUNTING is 0."""
+        if not self.counting.number:
+            return
+        try:
+            self._count(step)
+        except Exception:
+            self.counting.set(0)
+            logger.exception("PowerAttention: its engine stops counting; serving goes on")
+
+    def _count(self, step: "SchedulerOutput") -> None:
+        if step.total_num_scheduled_tokens:
+            read, causal = self._blocks(step)
+            self.tokens.add(step.total_num_scheduled_tokens)
+            self.read.add(read)
+            self.skipped.add(causal - read)
+            for executions, layers in self.executions:
+                executions.add(layers)
+        self.running.set(len(self.scheduler.running))
+        self.live.set(self.pool.num_gpu_blocks - 1 - self.pool.get_num_free_blocks())
+        self.reclaimed.set(sum(manager.num_reclaimed for manager in self.managers))
+
+    def _blocks(self, step: "SchedulerOutput") -> tuple[int, int]:
+        """How many key blocks the step's query blocks read, and how many there were up to them."""
+        cached, scheduled, shift = step.scheduled_cached_reqs, step.num_scheduled_tokens, self.shift
+        if len(cached.req_ids) == step.total_num_scheduled_tokens:  # one token each: the step of every decode
+            blocks = [computed >> shift for computed in cached.num_computed_tokens]
+            return sum(map(self.visible.__getitem__, blocks)), sum(blocks) + len(blocks)
+        requests = [
+            *zip(cached.req_ids, cached.num_computed_tokens, strict=True),
+            *((new.req_id, new.num_computed_tokens) for new in step.scheduled_new_reqs),
+        ]
+        read = causal = 0
+        for request, computed in requests:
+            first, end = computed >> shift, ((computed + scheduled[request] - 1) >> shift) + 1
+            read += self.visible_before[end] - self.visible_before[first]
+            causal += (end * (end + 1) - first * (first + 1)) // 2
+        return read, causal
+
+    def _introduce(self, vllm_config: "VllmConfig", asked: options.PowerOptions) -> None:
+        """Say what runs, by what the workers found in the model that they built (``stage``)."""
+        found = stage.whole(self.engine, vllm_config.parallel_config.pipeline_parallel_size)
+        for kind, indices in (found["layers"] or {}).items():
+            self._value(names.LAYERS, attention=kind).set(len(indices))
+            self.executions.append((self._value(names.LAYER_EXECUTIONS, attention=kind), len(indices)))
+        requested = asked.dense_layer_indices(vllm_config.model_config.get_total_num_hidden_layers())
+        self._value(names.DENSE_LAYERS_REQUESTED).set(len(requested))
+        self._value(
+            names.INFO,
+            version=version("vllm-power"),
+            pattern=str(asked.effective_pattern),
+            executor=found["executor"],
+            reclamation="on" if self.managers else "off",
+        ).set(1)
+        found["max_model_len"] = vllm_config.model_config.max_model_len
+        found["reclamation"] = "on" if self.managers else found["reclamation"]
+        board.post(f"engine-{self.engine}", found)
+
+    def _value(self, figure: Figure, **labels: str) -> writer.Value:
+        return writer.value(figure, self.labels | labels)
