@@ -207,12 +207,16 @@ def kernels_package(machine: Machine) -> Finding:
 
 
 def resolves(machine: Machine) -> Finding:
+    if "vllm" not in machine.versions:
+        return failed("not tried without vLLM", FIRST_VLLM)
     if machine.resolved.ok:
         return passed(machine.resolved.said)
     return failed(machine.resolved.said, FIRST_VLLM)
 
 
 def kernels(machine: Machine) -> Finding:
+    if "vllm" not in machine.versions:
+        return failed("not tried without vLLM", FIRST_VLLM)
     if machine.kernel_run.ok:
         return passed(machine.kernel_run.said)
     return failed(
