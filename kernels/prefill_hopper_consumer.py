@@ -8,11 +8,8 @@ from vllm_power.kernels.primitives import LOG2_E, NO_MAXIMUM
 
 
 @gluon.jit
-def _softmax(scores, maximum, total, scale, soft_cap, SOFT_CAP: gl.constexpr):
+def _softmax(scores, maximum, total, scale):
     """The running softmax over scores [64, BLOCK_N]: weights, the factor for what was before, new maximum and total."""
-    if SOFT_CAP:
-        scores = 1.0 - 2.0 / (gl.exp2(scores * (2.0 * LOG2_E * scale / soft_cap)) + 1.0)
-        scale = soft_cap * LOG2_E
     new_maximum = gl.maximum(maximum, gl.max(scores, 1) * scale)
     weights = gl.exp2(scores * scale - new_maximum[:, None])
     decay = gl.exp2(maximum - new_maximum)
@@ -41,12 +38,15 @@ def _step(
     # [64, HEAD_SIZE]
     accumulator = warpgroup_mma(weights, values.index(stage), accumulator, is_async=True)
     scores = warpgroup_mma_wait(1, deps=[scores])
+    if SOFT_CAP:  # before the mask: a bent -inf would be a score like any other
+        scores = 1.0 - 2.0 / (gl.exp2(scores * (2.0 * LOG2_E * scale / soft_cap)) + 1.0)
+        scale = soft_cap * LOG2_E
     if MASK:
         # Tokens past the segment's end see keys past its keys, whatever those are: nobody reads their rows.
         visible = diagonal + gl.arange(0, 64, gl.SliceLayout(1, SCORES))
         offsets = gl.arange(0, BLOCK_N, gl.SliceLayout(0, SCORES))
         scores = gl.where(offsets[None, :] <= visible[:, None], scores, float("-inf"))
-    new_weights, decay, maximum, total = _softmax(scores, maximum, total, scale, soft_cap, SOFT_CAP)
+    new_weights, decay, maximum, total = _softmax(scores, maximum, total, scale)
     # Waiting for the next stage here also keeps the compiler from moving the next line before the softmax.
     mbarrier.wait(ready.index((count + 1) & 1), ((count + 1) >> 1) & 1)
     accumulator, new_weights = warpgroup_mma_wait(0, deps=[accumulator, new_weights])
