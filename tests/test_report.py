@@ -62,10 +62,13 @@ def test_a_mark_without_rows_stays_as_it_is(tmp_path):
     assert report.filled(text, tmp_path) == text
 
 
-@pytest.mark.parametrize("name", list(report.PLOTS))
-def test_the_plots_are_drawn_from_the_rows(tmp_path, name):
-    pytest.importorskip("matplotlib")
+@pytest.mark.parametrize(
+    "name, plot",
+    [(name, lambda folder, name=name: report.plot(folder, name)) for name in report.PLOTS]
+    + [("kernels", report.plot_rates)],
+)
+def test_the_plots_are_drawn_from_the_rows(tmp_path, name, plot):
     (tmp_path / f"{name}.jsonl").write_text((FOLDER / f"{name}.jsonl").read_text())
-    drawn = report.plot(tmp_path, name).read_text()
+    drawn = plot(tmp_path).read_text()
     assert drawn.startswith("<?xml") and len(drawn) > 5_000
-    assert report.plot(tmp_path, name).read_text() == drawn
+    assert plot(tmp_path).read_text() == drawn

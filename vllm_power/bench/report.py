@@ -107,14 +107,27 @@ def filled(text: str, folder: Path) -> str:
     return MARK.sub(replace, text)
 
 
-def plot(folder: Path, name: str) -> Path:
-    """Draw how often ours fits into the dense time, by context, from ``folder``/``name``.jsonl into ``name``.svg."""
+def _pyplot() -> Any:
+    """matplotlib.pyplot, for files that are the same for the same rows."""
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "vllm-power"  # the same rows give the same file
-    import matplotlib.pyplot as plt
+    matplotlib.rcParams["svg.hashsalt"] = "vllm-power"
+    import matplotlib.pyplot
 
+    return matplotlib.pyplot
+
+
+def _save(figure: Any, path: Path) -> Path:
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+    _pyplot().close(figure)
+    return path
+
+
+def plot(folder: Path, name: str) -> Path:
+    """Draw how often ours fits into the dense time, by context, from ``folder``/``name``.jsonl into ``name``.svg."""
+    plt = _pyplot()
     title, dense, names = PLOTS[name]
     times = latest(rows(folder, name))
     lines: dict[str, list[tuple[int, float]]] = {}
@@ -133,11 +146,39 @@ def plot(folder: Path, name: str) -> Path:
     axes.yaxis.set_major_formatter("{x:g}x")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.tight_layout()
-    path = folder / f"{name}.svg"
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
-    return path
+    return _save(figure, folder / f"{name}.svg")
+
+
+def plot_rates(folder: Path) -> Path:
+    """Draw the kernels' rates over the visible blocks against the GPU's measured ceilings into kernels-rates.svg."""
+    plt = _pyplot()
+    measured = last_run(rows(folder, "kernels"))
+    ceilings = {row["impl"]: row for row in measured if row["bench"] == "ceiling"}
+    names = {
+        "power": "power",
+        "plan_fa3": "FA3 over the plan",
+        "flex": "FlexAttention",
+        "xformers_plan": "xformers",
+    }
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4))
+    for axes, bench, rate, unit, ceiling, most in (
+        (panels[0], "prefill", "tflops", "TFLOP/s", "matmul_8192", ceilings["matmul_8192"]["tflops"]),
+        (panels[1], "decode", "gb_per_s", "GB/s", "copy", 1e3 * ceilings["copy"]["tb_per_s"]),
+    ):
+        lines: dict[str, dict[int, float]] = {}
+        for row in measured:
+            if row["bench"] == bench and row["impl"] in names:
+                batch = f", batch {row['batch']}" if bench == "decode" else ""
+                lines.setdefault(names[row["impl"]] + batch, {})[row["context"]] = row[rate]
+        for label, points in lines.items():
+            style = "-" if label.startswith("power") else "--"
+            axes.plot(*zip(*sorted(points.items()), strict=True), style, marker=".", label=label)
+        axes.axhline(most, color="grey", linewidth=0.8, label=f"ceiling: {ceiling.partition('_')[0]}")
+        axes.set(xlabel="context, tokens", ylabel=f"{unit} on visible blocks", title=bench, ylim=(0, None))
+        axes.set_xscale("log", base=2)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="x-small")
+    return _save(figure, folder / "kernels-rates.svg")
 
 
 def fastest(measured: list[Row]) -> dict[str, dict[str, str]]:
@@ -167,3 +208,5 @@ def main(page: Path = Path("README.md"), folder: Path = Path("docs/results")) ->
     for name in PLOTS:
         if rows(folder, name):
             plot(folder, name)
+    if rows(folder, "kernels"):
+        plot_rates(folder)
