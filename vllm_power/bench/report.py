@@ -160,7 +160,7 @@ def plot_rates(folder: Path) -> Path:
         "flex": "FlexAttention",
         "xformers_plan": "xformers",
     }
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4))
+    figure, panels = plt.subplots(1, 2, figsize=(12, 4))
     for axes, bench, rate, unit, ceiling, most in (
         (panels[0], "prefill", "tflops", "TFLOP/s", "matmul_8192", ceilings["matmul_8192"]["tflops"]),
         (panels[1], "decode", "gb_per_s", "GB/s", "copy", 1e3 * ceilings["copy"]["tb_per_s"]),
@@ -177,7 +177,7 @@ def plot_rates(folder: Path) -> Path:
         axes.set(xlabel="context, tokens", ylabel=f"{unit} on visible blocks", title=bench, ylim=(0, None))
         axes.set_xscale("log", base=2)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="x-small")
+        axes.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
     return _save(figure, folder / "kernels-rates.svg")
 
 
