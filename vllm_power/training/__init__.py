@@ -1,0 +1,1 @@
+"""Train and evaluate under a pattern, with transformers. Nothing here is needed to serve."""
