@@ -18,6 +18,7 @@ runner = CliRunner()
         (["pattern", "--help"], "--window-blocks"),
         (["pattern", "power", "--tokens", "4096"], "7 blocks"),
         (["demo", "--help"], "--long-tokens"),
+        (["eval", "--help"], "--write-gate"),
         (["bench", "--help"], "cpu"),
         (["bench", "cpu", "--help"], "--seconds"),
         (["bench", "--help"], "report"),

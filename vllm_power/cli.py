@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from vllm_power.evals.command import eval_command
+
 app = typer.Typer(help="PowerAttention for vLLM: tools around the attention backend.", no_args_is_help=True)
 bench = typer.Typer(no_args_is_help=True)
 app.add_typer(bench, name="bench")
@@ -78,6 +80,29 @@ def bench_kernels_command(
     raise typer.Exit(main(million=million, folder=folder))
 
 
+@bench.command("memory")
+def bench_memory_command(
+    part: Annotated[
+        str, typer.Option(help="Which parts, with commas.")
+    ] = "live,concurrency,scheduler,throughput",
+    requests: Annotated[int, typer.Option(min=1, help="Requests of the throughput part.")] = 64,
+    context: Annotated[int, typer.Option(min=1024, help="Tokens of a prompt.")] = 131_072,
+    output: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 1_024,
+    cache_sequences: Annotated[
+        int, typer.Option(min=0, help="Whole sequences that the cache holds; 0: throughput takes all memory.")
+    ] = 4,
+    seconds: Annotated[float, typer.Option(min=1, help="The most for a backend's throughput.")] = 3_600,
+    folder: Annotated[Path, typer.Option(help="Where memory.jsonl is.")] = Path("docs/results"),
+) -> None:
+    """What giving KV blocks back early brings, and what it costs; appends its rows to memory.jsonl."""
+    from vllm_power.bench.memory import PARTS, main
+
+    parts = tuple(part.split(","))
+    if unknown := set(parts) - set(PARTS):
+        raise typer.BadParameter(f"no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    raise typer.Exit(main(parts, requests, context, output, cache_sequences, seconds, folder))
+
+
 @bench.command("report")
 def bench_report_command() -> None:
     """Draw the README's tables and the plots in docs/results anew from the recorded rows."""
@@ -112,6 +137,10 @@ def doctor_command(
     from vllm_power.doctor.report import main
 
     raise typer.Exit(main(as_json))
+
+
+# What follows `--` goes to the server that it starts.
+app.command("eval", context_settings={"allow_extra_args": True})(eval_command)
 
 
 @app.command("version")

@@ -1,0 +1,66 @@
+"""A prompt of a given number of tokens with one sentence hidden at a given depth."""
+
+import re
+from bisect import bisect_left
+from collections.abc import Callable
+from itertools import accumulate
+from typing import Any
+
+from vllm_power.evals.settings import EvalError
+
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+LONGEST_PIECE = 50  # words: a needle goes between pieces, so they stay short
+
+
+class Haystack:
+    """Sentences, taken in a circle from any of them on. The tokenizer is transformers' for the served model."""
+
+    def __init__(self, text: str, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.pieces = [piece for sentence in SENTENCE_END.split(text) for piece in _short(sentence)]
+        if not self.pieces:
+            raise EvalError("the text to hide sentences in is empty")
+        encoded = tokenizer([" " + piece for piece in self.pieces], add_special_tokens=False).input_ids
+        self.tokens = [len(ids) for ids in encoded]
+
+    def count(self, text: str) -> int:
+        """Tokens of a whole prompt, special ones included."""
+        return len(self.tokenizer(text).input_ids)
+
+    def hide(self, needle: str, frame: Callable[[str], str], tokens: int, depth: float, start: int) -> str:
+        """Return ``frame(text)`` of at most ``tokens`` tokens and hardly less, with the needle in the text.
+
+        depth: the share of the text's tokens before the needle. start: the piece that the text begins with.
+        Raises EvalError where the frame and the needle alone are longer.
+        """
+        room = tokens - self.count(frame(needle))
+        if room < 0:
+            raise EvalError(
+                f"a prompt of {tokens} tokens has no room for its question: take longer --lengths"
+            )
+        while True:
+            chosen = self._take(room, start)
+            ends = list(accumulate(self.tokens[piece] for piece in chosen))
+            before = bisect_left(ends, depth * ends[-1]) if ends else 0
+            # Depth 1 is behind the last piece, which bisect_left would leave after the needle.
+            before = len(chosen) if depth == 1 else before
+            words = [self.pieces[piece] for piece in chosen]
+            prompt = frame(" ".join([*words[:before], needle, *words[before:]]))
+            over = self.count(prompt) - tokens
+            if over <= 0 or not chosen:
+                return prompt
+            room -= over
+
+    def _take(self, room: int, start: int) -> list[int]:
+        """The numbers of the pieces from ``start`` on that fit into ``room`` tokens."""
+        chosen: list[int] = []
+        piece = start % len(self.pieces)
+        while (room := room - self.tokens[piece]) >= 0:
+            chosen.append(piece)
+            piece = (piece + 1) % len(self.pieces)
+        return chosen
+
+
+def _short(sentence: str) -> list[str]:
+    words = sentence.split()
+    return [" ".join(words[at : at + LONGEST_PIECE]) for at in range(0, len(words), LONGEST_PIECE)]
