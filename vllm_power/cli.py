@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from vllm_power.calibration.command import calibrate_command
 from vllm_power.evals.command import eval_command
 
 app = typer.Typer(help="PowerAttention for vLLM: tools around the attention backend.", no_args_is_help=True)
@@ -141,6 +142,9 @@ def doctor_command(
 
 # What follows `--` goes to the server that it starts.
 app.command("eval", context_settings={"allow_extra_args": True})(eval_command)
+
+
+app.command("calibrate")(calibrate_command)
 
 
 @app.command("version")

@@ -73,16 +73,18 @@ class PowerAttentionSpec(AttentionSpec):
 
 @dataclass(slots=True)
 class _Request:
-    """What the manager keeps of a request that holds pages.
+    """What the manager keeps of a request that holds pages. Most steps pass neither of the two marks.
 
-    num_tokens: the most that it can get. query_block: all queries before this block are through. next_release: the
-    settled tokens at which the next block is through. num_null: pages of its table that it does not hold.
+    num_tokens: the most that it can get. num_null: pages of its table that it does not hold. query_block: all queries
+    before this block are through. next_release: settled tokens at which the next block is through. next_full_page:
+    tokens at which the next page can be found by its hash.
     """
 
     num_tokens: int
-    num_null: int
+    num_null: int = 0
     query_block: int = 0
     next_release: int = 0
+    next_full_page: int = 0
 
 
 class PowerAttentionManager(SingleTypeKVCacheManager):
@@ -118,10 +120,10 @@ class PowerAttentionManager(SingleTypeKVCacheManager):
         *,
         replay_boundaries: Sequence[int],
     ) -> None:
-        if request.request_id not in self.requests:
-            self._meet(request)
-        if self.prefix_caching:
+        known = self.requests.get(request.request_id) or self._meet(request)
+        if self.prefix_caching and num_tokens >= known.next_full_page:
             super().cache_blocks(request, num_tokens, retention_interval, replay_boundaries=replay_boundaries)
+            known.next_full_page = (num_tokens // self.block_size + 1) * self.block_size
 
     def get_num_blocks_to_allocate(
         self,
@@ -147,7 +149,7 @@ class PowerAttentionManager(SingleTypeKVCacheManager):
         )
         if not apply_admission_cap:
             return needed
-        known = self.requests.get(request_id) or _Request(self.kv_cache_spec.max_model_len, 0)
+        known = self.requests.get(request_id) or _Request(self.kv_cache_spec.max_model_len)
         peak = self.kv_cache_spec.peak_pages(known.query_block, known.num_tokens)
         held = len(self.req_to_blocks.get(request_id, ())) - known.num_null
         return min(needed, max(peak - held, 0))
@@ -212,15 +214,16 @@ class PowerAttentionManager(SingleTypeKVCacheManager):
 
     # --- helpers ------------------------------------------------------------------------------------------------
 
-    def _meet(self, request: Request) -> None:
+    def _meet(self, request: Request) -> _Request:
         """Note how long the request can get. It has its first pages, null where its prefix hit needs none."""
         limit = self.kv_cache_spec.max_model_len
         if not getattr(request, "resumable", False):  # a resumable request may get more prompt later
             limit = min(limit, request.num_prompt_tokens + request.max_tokens)
         num_null = sum(page.is_null for page in self.req_to_blocks[request.request_id])
-        self.requests[request.request_id] = _Request(limit, num_null)
+        self.requests[request.request_id] = met = _Request(limit, num_null)
         self.num_cached_block.setdefault(request.request_id, 0)  # vLLM's shorter way for a running request
         self.enable_caching = self.prefix_caching
+        return met
 
     def _release(self, request_id: str, request: _Request, settled_tokens: int) -> None:
         """Free the blocks that died since the last call."""
