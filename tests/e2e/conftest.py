@@ -7,10 +7,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
+import shared_server
 from engine_worker import Worker
 
 from vllm_power.demo.model import make_model
+from vllm_power.demo.server import Server
 
 HERE = Path(__file__).parent
 
@@ -58,3 +61,30 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
         return make_model(folder / name, family, **sizes)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def served_model(small_model: Callable[..., Path]) -> Path:
+    """The model of ``server``."""
+    return small_model("qwen2", num_heads=4, num_kv_heads=2, head_size=64)
+
+
+@pytest.fixture(scope="session")
+def server(served_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One real server for all tests that want one (shared_server.py)."""
+    with shared_server.start(served_model, tmp_path_factory.mktemp("server") / "log") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def client(server: Server) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(
+        base_url=server.base_url, api_key=shared_server.API_KEY, max_retries=0, timeout=120
+    ) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def name(client: openai.OpenAI) -> str:
+    """The name of the model that ``server`` serves."""
+    return client.models.list().data[0].id

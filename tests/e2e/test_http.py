@@ -4,7 +4,6 @@ import json
 import re
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,50 +14,20 @@ import pytest
 import torch
 from engine_worker import Worker
 from prompts import random_tokens
+from shared_server import MAX_MODEL_LEN
 from tolerance import Allowed
 
-from vllm_power.demo.server import Server, serve
+from vllm_power.demo.server import Server
 
-MAX_MODEL_LEN = 12_288
 PROMPTS = [random_tokens(length) for length in (9000, 300, 1780, 2040)]
 STEPS = 24
 MESSAGES: list[Any] = [{"role": "user", "content": "What does a token see?"}]
 
 
 @pytest.fixture(scope="module")
-def model(small_model: Callable[..., Path]) -> Path:
-    return small_model("qwen2", num_heads=4, num_kv_heads=2, head_size=64)
-
-
-@pytest.fixture(scope="module")
-def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serve(
-        model,
-        "--attention-backend=power",
-        "--dtype=float32",
-        f"--max-model-len={MAX_MODEL_LEN}",
-        "--max-num-batched-tokens=2048",
-        "--kv-cache-memory-bytes=256M",
-        log=tmp_path_factory.mktemp("server") / "log",
-    ) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def client(server: Server) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=server.base_url, api_key="none", max_retries=0, timeout=120) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def name(client: openai.OpenAI) -> str:
-    return client.models.list().data[0].id
-
-
-@pytest.fixture(scope="module")
-def in_process(model: Path, server: Server, worker: Worker) -> list[generation.Generated]:
+def in_process(served_model: Path, server: Server, worker: Worker) -> list[generation.Generated]:
     """The answers to PROMPTS of an engine without server, spawn and compiler."""
-    worker.start(model, max_model_len=MAX_MODEL_LEN)
+    worker.start(served_model, max_model_len=MAX_MODEL_LEN)
     return worker.call(generation.greedy, PROMPTS, STEPS)
 
 
@@ -104,21 +73,21 @@ def test_server_says_what_it_runs_and_compiles(server: Server) -> None:
 
 
 def test_completions_equal_in_process(
-    client: openai.OpenAI, name: str, model: Path, in_process: list[generation.Generated]
+    client: openai.OpenAI, name: str, served_model: Path, in_process: list[generation.Generated]
 ) -> None:
     """One after the other, among them a prompt of 9,000 tokens."""
     for prompt, expected in zip(PROMPTS, in_process, strict=True):
-        check_completion(complete(client, name, prompt), prompt, expected, model)
+        check_completion(complete(client, name, prompt), prompt, expected, served_model)
 
 
 def test_several_at_once(
-    client: openai.OpenAI, name: str, model: Path, in_process: list[generation.Generated]
+    client: openai.OpenAI, name: str, served_model: Path, in_process: list[generation.Generated]
 ) -> None:
     order = [1, 2, 3, 0, 3, 2, 1, 2]
     with ThreadPoolExecutor(len(order)) as pool:
         completions = list(pool.map(lambda number: complete(client, name, PROMPTS[number]), order))
     for number, completion in zip(order, completions, strict=True):
-        check_completion(completion, PROMPTS[number], in_process[number], model)
+        check_completion(completion, PROMPTS[number], in_process[number], served_model)
 
 
 def test_chat_and_its_logprobs(client: openai.OpenAI, name: str) -> None:
