@@ -20,7 +20,7 @@ def measure(
     settings: dict[str, Any] = {
         "max_model_len": context + output,
         "max_num_batched_tokens": CHUNK,
-        "max_num_seqs": 256,
+        "max_num_seqs": requests,
         "disable_log_stats": False,
     }
     if cache_bytes:
