@@ -39,8 +39,8 @@ class Question(Shape):
     """
 
     model: str | None = None
-    context: int = Field(131_072, ge=1, le=MAX_TOKENS)
-    output: int = Field(1_024, ge=1, le=1 << 22)
+    context: int = Field(131_072, ge=1, le=MAX_TOKENS // 2)
+    output: int = Field(1_024, ge=1, le=MAX_TOKENS // 2)
     concurrency: int = Field(8, ge=1, le=65_536)
     weight_bytes: float = Field(2, gt=0, le=4)
     kv_bytes: float = Field(2, gt=0, le=4)

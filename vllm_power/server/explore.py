@@ -23,8 +23,11 @@ def main(host: str, port: int, model: Path | None) -> int:
         print(f"--model: {error}", file=sys.stderr)
         return 1
     server = _Server(uvicorn.Config(app, host=host, port=port, log_level="warning"))
-    with suppress(KeyboardInterrupt):  # uvicorn raises it again once everything is closed
-        server.run()
+    try:
+        with suppress(KeyboardInterrupt):  # uvicorn raises it again once everything is closed
+            server.run()
+    except SystemExit:  # it has said why it cannot listen
+        print(f"Choose another address: vllm-power explore --host {host} --port {port + 1}", file=sys.stderr)
     return 0 if server.started else 1
 
 

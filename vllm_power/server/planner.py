@@ -1,13 +1,16 @@
 """The planner's routes: what can be chosen, a model's shape by its config.json, and the estimate."""
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, Body, HTTPException, Query, Request
 
 from vllm_power.server import gpus, shapes
 from vllm_power.server.estimate import Question, estimate
 
-router = APIRouter()
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+router = APIRouter(tags=["power"])
 
 
 @router.get("/v1/power/estimate")
@@ -42,3 +45,16 @@ def post_shape(config: Annotated[dict[str, Any], Body()]) -> dict[str, Any]:
         return shapes.of_config(config).model_dump()
     except ValueError as error:
         raise HTTPException(400, str(error)) from None
+
+
+def served(vllm_config: "VllmConfig") -> tuple[str, shapes.Shape] | None:
+    """The name and shape of the model that an engine serves, for ``app.state.power_shape``; None for an odd one."""
+    from vllm_power import options
+
+    model = vllm_config.model_config
+    try:
+        shape = shapes.of_config(model.hf_text_config.to_dict())
+        dense = options.of_config(vllm_config).dense_layer_indices(shape.layers)
+    except ValueError:
+        return None
+    return str(model.served_model_name), shape.model_copy(update={"dense_layers": len(dense)})

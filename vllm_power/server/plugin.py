@@ -24,7 +24,9 @@ class PowerEndpoints:
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """``state`` is the app's; without an engine (vLLM's render server) or another backend it has no view."""
         from vllm_power.platform import is_selected
+        from vllm_power.server import planner
         from vllm_power.server.live import Engine
 
         if engine_client is not None and is_selected(engine_client.vllm_config):
             state.power = Engine(engine_client.vllm_config)
+            state.power_shape = planner.served(engine_client.vllm_config)

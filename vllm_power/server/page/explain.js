@@ -6,7 +6,7 @@ import { field, memory, strip, triangle } from "./draw.js";
 import { count, percent, runs, times } from "./format.js";
 
 const SHOWN_BLOCKS = 64; // of the block mask; more are too small to tell apart
-const shown = { pattern: {}, tokens: 16_384, query: null, layers: 4, drawing: null, mask: null };
+const shown = { pattern: {}, tokens: 16_384, query: null, layers: 5, drawing: null, mask: null };
 let asked = null;
 
 /** Draw for the first time. `pattern`: the fields of the server's pattern, to be asked for again. */
@@ -77,7 +77,7 @@ async function update() {
 }
 
 function describe(drawing) {
-  const { pattern, tokens, blocks, query, layers, visible, visible_counts, density, live } = drawing;
+  const { pattern, tokens, blocks, query, visible, density, live } = drawing;
   const size = pattern.block_size;
   controls(drawing);
   const first = query * size;
@@ -102,14 +102,14 @@ function describe(drawing) {
   const peak = Math.max(...live);
   cards(byId("savings"), [
     ["Blocks this block reads", `${count(visible.length)} of ${count(query + 1)}`, percent(share)],
-    ["Attention work, whole text", percent(density), `${times(1 / density)} less than ordinary`],
+    ["Attention work, whole text", percent(density), `ordinary attention: ${times(1 / density)} as much`],
     ["Memory at its peak", percent(peak / blocks), `${count(peak)} of ${count(blocks)} blocks of KV cache`],
     ["Memory at the end", percent(live.at(-1) / blocks), `${count(live.at(-1))} of ${count(blocks)} blocks`],
   ]);
   say(
     "memory-text",
     `KV memory of a request while its ${count(blocks)} blocks are computed, from left to right. The pattern is fixed, so it is ` +
-      `known which blocks no later token can see; they go back to the pool. A block reads ${count(visible_counts.at(-1))} blocks at the end of the text.`,
+      `known which blocks no later token can see; they go back to the pool.`,
   );
 }
 
@@ -140,15 +140,13 @@ function fields({ hops, layers, query, reached, layers_to_cover }) {
     row.firstChild.textContent = `${index + 1} layer${index ? "s" : ""}`;
     row.lastChild.textContent = `${count(there)} block${there === 1 ? "" : "s"}${there === query + 1 ? ", all" : ""}`;
   });
+  const after = (number) => `After ${number} layer${number === 1 ? "" : "s"}`;
+  const blocks = `${reached > query ? "all" : `${count(reached)} of the`} ${count(query + 1)} blocks`;
   const cover =
     layers_to_cover === null
-      ? "However many layers there are, some blocks never reach it."
-      : `After ${layers_to_cover} layer${layers_to_cover === 1 ? "" : "s"} every block has.`;
-  say(
-    "reaches-text",
-    `What a block saw in one layer, it passes on in the next. After ${layers} layer${layers === 1 ? "" : "s"} ` +
-      `${count(reached)} of the ${count(query + 1)} blocks have reached block ${count(query)}. ${cover}`,
-  );
+      ? " However many layers there are, some blocks never reach it."
+      : reached > query ? "" : ` ${after(layers_to_cover)} all of them have.`;
+  say("reaches-text", `What a block saw in one layer, it passes on in the next. ${after(layers)} ${blocks} have reached block ${count(query)}.${cover}`);
 }
 
 function draw() {

@@ -32,7 +32,7 @@ export async function plan(pattern) {
   byId("gpu").replaceChildren(...Object.keys(choices.gpus).map((name) => element("option", {}, name)));
   byId("shape").replaceChildren(
     ...Object.entries(SHAPE).map(([name, label]) =>
-      element("div", {}, element("label", { for: name }, label), element("input", { id: name, name, type: "number", min: 0, required: "" })),
+      element("div", {}, element("label", { for: `shape-${name}` }, label), element("input", { id: `shape-${name}`, name, type: "number", min: 0, required: "" })),
     ),
   );
   fill(choices.question);
