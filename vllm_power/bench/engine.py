@@ -68,6 +68,7 @@ def engine(impl: str, config: dict[str, Any], **settings: Any) -> Iterator[Any]:
             folder,
             load_format="dummy",
             skip_tokenizer_init=True,
+            kernel_config={"enable_flashinfer_autotune": False},  # 20 s at each start, for kernels not used here
             **{"enable_prefix_caching": False, "disable_log_stats": True, **IMPLS[impl], **settings},
         )
         say(f"{impl}: engine up after {time.perf_counter() - begin:.0f} s")
