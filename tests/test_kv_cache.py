@@ -24,7 +24,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm_power import kv_cache
 from vllm_power.kv_cache import PowerAttentionManager, PowerAttentionSpec
 from vllm_power.lifetimes import lifetimes
-from vllm_power.pattern import preset
+from vllm_power.pattern import Pattern, preset
 
 BLOCK, PAGE, MAX_LEN, POOL = 32, 16, 1024, 90
 CHUNK, DRAFTS = 96, 3
@@ -45,8 +45,9 @@ def make_spec(name="power", max_in_flight=2 * CHUNK, lookahead=DRAFTS) -> PowerA
     )
 
 
-def make_manager(spec, num_pages=POOL, caching=True) -> KVCacheManager:
-    config = KVCacheConfig(num_pages, [], [KVCacheGroupSpec(["layer"], spec)])
+def make_manager(*specs, num_pages=POOL, caching=True) -> KVCacheManager:
+    groups = [KVCacheGroupSpec([f"layer.{number}"], spec) for number, spec in enumerate(specs)]
+    config = KVCacheConfig(num_pages, [], groups)
     return KVCacheManager(config, MAX_LEN, PAGE, PAGE, max_in_flight_tokens=2 * CHUNK, enable_caching=caching)
 
 
@@ -56,37 +57,49 @@ def make_request(name, prompt, max_tokens) -> Request:
     )
 
 
+FULL = FullAttentionSpec(block_size=PAGE, num_kv_heads=1, head_size=64, dtype=torch.float32)
+
+
 class Worker:
-    """Remembers what every page holds: for each slot, the tokens up to and with the one stored there."""
+    """Remembers what every page holds: for each slot, the tokens up to and with the one stored there.
 
-    def __init__(self, pages: int) -> None:
+    tables: the page table of a request in each group of layers.
+    """
+
+    def __init__(self, pages: int, patterns: list[Pattern]) -> None:
         self.slots: list[list[object]] = [[None] * PAGE for _ in range(pages)]
-        self.tables: dict[str, list[int]] = {}
+        self.patterns = patterns
+        self.tables: dict[str, list[list[int]]] = {}
 
-    def run(self, pattern, request: Request, tokens: list[int], first: int, new: int) -> None:
+    def run(self, request: Request, tokens: list[int], first: int, new: int) -> None:
         """Store ``new`` tokens from position ``first`` on, then check all that their queries see."""
-        table = self.tables[request.request_id]
         prefixes = list(itertools.accumulate(tokens, lambda before, token: hash((before, token)), initial=0))[
             1:
         ]
-        for position in range(first, first + new):
-            self.slots[table[position // PAGE]][position % PAGE] = prefixes[position]
-        for q in range(first // BLOCK, (first + new - 1) // BLOCK + 1):
-            for block in pattern.visible_blocks(q):
-                for position in range(block * BLOCK, min((block + 1) * BLOCK, first + new)):
-                    assert self.slots[table[position // PAGE]][position % PAGE] == prefixes[position]
+        for pattern, table in zip(self.patterns, self.tables[request.request_id], strict=True):
+            for position in range(first, first + new):
+                self.slots[table[position // PAGE]][position % PAGE] = prefixes[position]
+            for q in range(first // BLOCK, (first + new - 1) // BLOCK + 1):
+                for block in pattern.visible_blocks(q):
+                    for position in range(block * BLOCK, min((block + 1) * BLOCK, first + new)):
+                        assert self.slots[table[position // PAGE]][position % PAGE] == prefixes[position]
 
 
 class Reclamation(RuleBasedStateMachine):
     name = "power"
     caching = True
+    dense_group = False  # a second group of layers, which keep full attention
+    pool = POOL
 
     def __init__(self) -> None:
         super().__init__()
         self.spec = make_spec(self.name)
-        self.manager = make_manager(self.spec, caching=self.caching)
-        self.ours: PowerAttentionManager = self.manager.coordinator.single_type_managers[0]
-        self.worker = Worker(POOL)
+        specs = [FULL, self.spec] if self.dense_group else [self.spec]
+        self.manager = make_manager(*specs, num_pages=self.pool, caching=self.caching)
+        self.managers = self.manager.coordinator.single_type_managers
+        self.ours: PowerAttentionManager = self.managers[-1]
+        patterns = [preset("full", block_size=BLOCK), self.spec.pattern][-len(specs) :]
+        self.worker = Worker(self.pool, patterns)
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.ids = itertools.count()
@@ -114,7 +127,9 @@ class Reclamation(RuleBasedStateMachine):
         self.waiting.pop(0)
         self.running.append(request)
         request.status = RequestStatus.RUNNING
-        self.worker.tables[request.request_id] = list(self.manager.get_block_ids(request.request_id)[0])
+        self.worker.tables[request.request_id] = list(
+            map(list, self.manager.get_block_ids(request.request_id))
+        )
         request.num_computed_tokens = hit
         self._run(request, new, 0)
 
@@ -137,9 +152,9 @@ class Reclamation(RuleBasedStateMachine):
             if self.manager.allocate_slots(request, new) is None:
                 self._preempt(self.running[-1])
                 return
-            table = self.worker.tables[request.request_id]
-            own = self.manager.get_block_ids(request.request_id)[0]
-            table.extend(own[len(table) :])
+            tables = self.worker.tables[request.request_id]
+            for table, own in zip(tables, self.manager.get_block_ids(request.request_id), strict=True):
+                table.extend(own[len(table) :])
             self._run(request, new, 0 if prefilling else min(accepted, new - 1))
 
     @precondition(lambda self: self.running)
@@ -164,7 +179,7 @@ class Reclamation(RuleBasedStateMachine):
         first = request.num_computed_tokens
         # After the known tokens: drafts that turn out right, then drafts that are rejected.
         tokens = [*request.all_token_ids, *([7] * accepted), *([-1] * new)]
-        self.worker.run(self.spec.pattern, request, tokens[: first + new], first, new)
+        self.worker.run(request, tokens[: first + new], first, new)
         if first + new < request.num_tokens:
             request.num_computed_tokens += new
             request.num_in_flight_tokens = new  # this step may still be running when the next is scheduled
@@ -195,11 +210,12 @@ class Reclamation(RuleBasedStateMachine):
     def the_pool_knows_every_page(self):
         held = {
             block.block_id
+            for manager in self.managers
             for request in self.running
-            for block in self.ours.req_to_blocks[request.request_id]
+            for block in manager.req_to_blocks[request.request_id]
             if not block.is_null
         }
-        assert self.manager.block_pool.get_num_free_blocks() == POOL - 1 - len(held)
+        assert self.manager.block_pool.get_num_free_blocks() == self.pool - 1 - len(held)
 
     @invariant()
     def exactly_the_live_blocks_are_held(self):
@@ -218,24 +234,26 @@ class Reclamation(RuleBasedStateMachine):
     def teardown(self):
         for request in list(self.running):
             self._finish(request)
-        assert self.manager.block_pool.get_num_free_blocks() == POOL - 1
+        assert self.manager.block_pool.get_num_free_blocks() == self.pool - 1
         assert not self.ours.req_to_blocks and not self.ours.requests
 
 
-def machine(pattern_name: str, prefix_caching: bool, examples: int):
-    """The test case of :class:`Reclamation` for one pattern."""
-    attributes = {"name": pattern_name, "caching": prefix_caching}
-    case = type(f"Reclamation_{pattern_name}_{prefix_caching}", (Reclamation,), attributes).TestCase
+def machine(examples: int, **attributes):
+    """The test case of :class:`Reclamation` with these class attributes."""
+    case = type(
+        "_".join(map(str, ("Reclamation", *attributes.values()))), (Reclamation,), attributes
+    ).TestCase
     case.settings = settings(max_examples=examples, stateful_step_count=60, deadline=None)
     return case
 
 
-TestPower = machine("power", True, 60)
-TestPowerWithoutPrefixCaching = machine("power", False, 20)
-TestSlidingWindow = machine("sliding_window", True, 10)
-TestStrideSlash = machine("stride_slash", True, 10)
-TestDilated = machine("dilated", True, 10)
-TestLongnet = machine("longnet", True, 10)
+TestPower = machine(60)
+TestPowerWithoutPrefixCaching = machine(20, caching=False)
+TestPowerBesideDenseLayers = machine(30, dense_group=True, pool=140)
+TestSlidingWindow = machine(10, name="sliding_window")
+TestStrideSlash = machine(10, name="stride_slash")
+TestDilated = machine(10, name="dilated")
+TestLongnet = machine(10, name="longnet")
 
 
 def prefill(manager, request, chunk=CHUNK) -> int:
@@ -262,11 +280,10 @@ def held_pages(manager, request) -> int:
 def test_a_prompt_that_fits_only_thanks_to_reclamation_is_served():
     spec = make_spec(max_in_flight=64)
     prompt = list(range(900))
-    full = FullAttentionSpec(block_size=PAGE, num_kv_heads=1, head_size=64, dtype=torch.float32)
     needed = -(-900 // PAGE)
     pool = spec.peak_pages(0, MAX_LEN) + 2
     assert pool < needed
-    manager = make_manager(spec, pool)
+    manager = make_manager(spec, num_pages=pool)
     request = make_request("long", prompt, 20)
     blocks, hit, _ = manager.get_computed_blocks(request)
     assert manager.allocate_slots(request, 64, hit, blocks, full_sequence_must_fit=True) is not None
@@ -275,14 +292,14 @@ def test_a_prompt_that_fits_only_thanks_to_reclamation_is_served():
         new = min(64, 900 - request.num_computed_tokens)
         assert manager.allocate_slots(request, new) is not None
         request.num_computed_tokens += new
-    dense = make_manager(full, pool)
+    dense = make_manager(FULL, num_pages=pool)
     blocks, hit, _ = dense.get_computed_blocks(request)
     assert dense.allocate_slots(request, 64, hit, blocks, full_sequence_must_fit=True) is None
 
 
 def test_one_that_can_not_fit_at_its_peak_waits():
     spec = make_spec(max_in_flight=64)
-    manager = make_manager(spec, spec.peak_pages(0, MAX_LEN) - 3)
+    manager = make_manager(spec, num_pages=spec.peak_pages(0, MAX_LEN) - 3)
     request = make_request("long", list(range(900)), 20)
     blocks, hit, _ = manager.get_computed_blocks(request)
     assert manager.allocate_slots(request, 64, hit, blocks, full_sequence_must_fit=True) is None
@@ -330,8 +347,7 @@ def test_a_hit_shrinks_when_a_needed_page_is_gone_and_not_when_another_is():
 
 
 def test_vllms_own_specs_are_still_registered():
-    full = FullAttentionSpec(block_size=PAGE, num_kv_heads=1, head_size=64, dtype=torch.float32)
-    assert KVCacheSpecRegistry.get_manager_class(full).__name__ == "FullAttentionManager"
+    assert KVCacheSpecRegistry.get_manager_class(FULL).__name__ == "FullAttentionManager"
     assert KVCacheSpecRegistry.get_manager_class(make_spec()) is PowerAttentionManager
 
 
