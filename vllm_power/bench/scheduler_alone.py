@@ -14,7 +14,6 @@ from vllm.config import VllmConfig
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
@@ -51,10 +50,10 @@ class SchedulerAlone:
             spec = kv_cache.customize_spec(spec)
         config.cache_config.num_gpu_blocks = pages
         self.caching = config.cache_config.enable_prefix_caching
-        self.vllm = Scheduler(
-            config,
-            KVCacheConfig(pages, [], [KVCacheGroupSpec(["layer"], spec)]),
-            StructuredOutputManager(config),
+        self.vllm: Any = config.scheduler_config.get_scheduler_cls()(
+            vllm_config=config,
+            kv_cache_config=KVCacheConfig(pages, [], [KVCacheGroupSpec(["layer"], spec)]),
+            structured_output_manager=StructuredOutputManager(config),
             block_size=PAGE,
         )
         self.preemptions = 0

@@ -24,22 +24,22 @@ class FiguresCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         try:
             yield from metrics()
-        except Exception:
+        except OSError:
             if not self.failed:
                 logger.exception("PowerAttention: its metrics can not be read, and are left out of /metrics")
             self.failed = True
 
 
 def metrics() -> list[Metric]:
-    """Our metrics now. Raises ValueError without a folder to read from."""
+    """Our metrics now. Raises OSError where they can not be read."""
     place = board.metrics_folder()
     if place is None:
-        raise ValueError(f"{board.VARIABLE} names no folder: this process knows no figures")
-    return [
-        metric
-        for metric in MultiProcessCollector(None, str(place)).collect()
-        if metric.name.startswith("vllm_power_")
-    ]
+        raise FileNotFoundError(f"{board.VARIABLE} names no folder: this process knows no figures")
+    try:
+        found = list(MultiProcessCollector(None, str(place)).collect())
+    except Exception as error:  # what a file that is not whole makes of prometheus_client
+        raise OSError(f"a file in {place} is damaged: {error!r}") from error
+    return [metric for metric in found if metric.name.startswith("vllm_power_")]
 
 
 _collector: FiguresCollector | None = None

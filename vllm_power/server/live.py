@@ -48,7 +48,7 @@ class Engine:
         """
         try:
             metrics = {metric.name: metric for metric in reader.metrics()}
-        except (OSError, ValueError) as error:
+        except OSError as error:
             raise Unavailable(f"the engine's figures can not be read: {error}") from None
         counting = metrics.get(names.COUNTING.name)
         if counting is None or not counting.samples:
