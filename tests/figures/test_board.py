@@ -101,7 +101,7 @@ def test_a_stage_is_missing(folder: Path) -> None:
 
 
 def test_stages_are_put_together(folder: Path) -> None:
-    """Pipeline parallelism: one stage has no layer that runs the pattern, so no executor. Another engine has its own."""
+    """Pipeline parallelism: a stage has no layer that runs the pattern, so no executor. Another engine has its own."""
     dense = {"sparse": [], "dense": [4, 5], "sliding_window": [6]}
     board.post("stage-0-0", STAGE)
     board.post("stage-0-1", STAGE | {"layers": dense, "executor": None})
