@@ -38,6 +38,7 @@ def test_last_stage(dockerfile):
     words = instructions(dockerfile)
     last = words[max(index for index, line in enumerate(words) if line[0] == "FROM") :]
     found = {line[0]: " ".join(line[1:]) for line in last}
+    found["ENV"] = " ".join(" ".join(line[1:]) for line in last if line[0] == "ENV")
     assert found["USER"] == "10001:0"
     assert found["ENTRYPOINT"] == '["vllm-power-serve"]'
     assert "vllm-power-health" in found["HEALTHCHECK"]
@@ -47,6 +48,7 @@ def test_last_stage(dockerfile):
     known = re.findall(r'^    "(VLLM_\w+)":', Path(vllm).with_name("envs.py").read_text(), flags=re.M)
     names = re.findall(r"(\w+)=", found["ENV"])
     assert {name for name in names if name.startswith("VLLM_")} <= set(known)
+    assert "VLLM_PLUGINS=power" in found["ENV"], "the page /power"
     for name in ("HOME", "USER", "HF_HOME", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
         assert name in names
 
