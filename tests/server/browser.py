@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
@@ -33,7 +34,7 @@ class Engine:
             "pattern": describe(POWER),
             "max_model_len": 32_768,
             "executor": "triton",
-            "layers": {"sparse": [0, 1, 2], "dense": [3], "sliding_window": []},
+            "layers": {"sparse": [0, 1, 2], "dense": [3], "sliding_window": [], "total": 4},
             "page_size": 256,
             "reclamation": "on",
             "note": None,
@@ -55,6 +56,18 @@ class Engine:
             "executions": {"sparse": 30, "dense": 10, "sliding_window": 0},
             "refusals": {},
         }
+
+
+def like_vllm(app: FastAPI) -> FastAPI:
+    """Answers to nonsense as vLLM's API server gives them: 400, FastAPI's list printed into a message."""
+
+    @app.exception_handler(RequestValidationError)
+    async def refuse(request: Request, error: RequestValidationError) -> Response:
+        problems = [{**problem, "loc": ".".join(map(str, problem["loc"]))} for problem in error.errors()]
+        lines = "\n".join(f"  {problem}" for problem in problems)
+        return JSONResponse({"error": {"message": f"{len(problems)} validation errors:\n{lines}"}}, 400)
+
+    return app
 
 
 def guarded() -> FastAPI:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 import uvicorn
-from browser import Engine, Page, guarded
+from browser import Engine, Page, guarded, like_vllm
 from fastapi import FastAPI
 from selenium.webdriver import Chrome, ChromeOptions
 from selenium.webdriver.chrome.service import Service
@@ -26,7 +26,7 @@ def engine() -> Engine:
 
 @pytest.fixture(scope="session")
 def url(engine: Engine) -> Iterator[str]:
-    with_engine = make_app()
+    with_engine = like_vllm(make_app())
     with_engine.state.power = engine
     app = FastAPI()
     for prefix, part in (("/a/prefix", make_app()), ("/guarded", guarded()), ("/engine", with_engine)):

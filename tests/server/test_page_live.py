@@ -27,6 +27,16 @@ def test_a_server_with_a_key_is_asked_with_it(page: Page, url: str) -> None:
     page.run("sessionStorage.clear()")
 
 
+def test_a_key_that_holds_no_longer_is_asked_for_again(live: Page) -> None:
+    live.run("window.there = window.fetch; window.fetch = async () => new Response('{}', {status: 401})")
+    live.wait(lambda: live.at("key-form").is_displayed())
+    assert not live.at("live").is_displayed()
+    live.run("window.fetch = window.there")
+    live.at("key").send_keys("another", Keys.ENTER)
+    live.wait(lambda: live.at("live").is_displayed())
+    live.run("sessionStorage.clear()")
+
+
 # --- live figures -----------------------------------------------------------------------------------------------------
 
 
@@ -44,7 +54,7 @@ def test_an_engines_figures_are_shown_and_asked_for_again(live: Page, engine: En
     live.wait(lambda: "a second" in live.text("live-figures"))
     assert "32,768 tokens" in live.text("sees-text"), "the longest sequence of the engine"
     facts = live.text("info")
-    for part in ("triton", "3 sparse, 1 dense", "256 tokens", "power (block 256"):
+    for part in ("triton", "3 sparse, 1 dense, of 4", "256 tokens", "power (block 256"):
         assert part in facts
     before = engine.asked
     live.wait(lambda: engine.asked > before)
@@ -90,3 +100,11 @@ def test_an_engine_that_tells_nothing_says_why(page: Page, url: str, engine: Eng
     engine.silent = True
     page.open(f"{url}/engine/power")
     page.shows("live-text", "no engine shares its figures")
+
+
+def test_what_vllm_refuses_is_said_plainly(live: Page) -> None:
+    live.type("tokens", "16000000")
+    live.shows("drawing-error", "too many to look at")
+    assert live.text("drawing-error").startswith("62500 blocks of up to")
+    live.type("tokens", "99999999")
+    live.shows("drawing-error", "tokens: Input should be less than or equal to 16777216")

@@ -39,9 +39,9 @@ export function useKey(key) {
   sessionStorage.setItem(KEY, key);
 }
 
-/** The cause in an error of FastAPI (`detail`, text or a list) or of vLLM (`error.message`). */
+/** The cause in an error of FastAPI (`detail`, text or a list), or of vLLM, which prints that list into its message. */
 function reason(said) {
-  const detail = said?.detail ?? said?.error?.message;
+  const detail = said?.detail ?? printed(said?.error?.message);
   if (!Array.isArray(detail)) return detail;
   return detail
     .map(({ loc, msg }) => {
@@ -49,4 +49,11 @@ function reason(said) {
       return (field ? `${field}: ` : "") + msg.replace(/^Value error, /, "");
     })
     .join("; ");
+}
+
+/** FastAPI's list out of vLLM's message, as far as it is in there: {'loc': 'query.context', 'msg': "..."}. */
+function printed(message) {
+  const found = message?.matchAll(/'loc': '([^']*)', 'msg': (?:'([^']*)'|"([^"]*)")/g) ?? [];
+  const problems = [...found].map(([, loc, plain, quoted]) => ({ loc: loc.split("."), msg: plain ?? quoted }));
+  return problems.length ? problems : message;
 }

@@ -1,12 +1,13 @@
 // The engine's figures, asked for again and again while the page is looked at.
 
-import { Unreachable, ask } from "./api.js";
+import { NoKey, Unreachable, ask } from "./api.js";
 import { byId, cards, element, say } from "./dom.js";
 import { count, percent } from "./format.js";
 
 const EVERY = 2_000; // milliseconds
 let timer = null;
 let paused = false;
+let askForKey = null;
 let model = "";
 let last = null; // the tokens of the answer before, and when
 
@@ -25,7 +26,8 @@ export function live(info) {
   refresh();
 }
 
-export function listen() {
+export function listen(onNoKey) {
+  askForKey = onNoKey;
   byId("live-pause").addEventListener("click", () => {
     paused = !paused;
     byId("live-pause").setAttribute("aria-pressed", paused);
@@ -47,7 +49,8 @@ async function show() {
     say("live-text", `Since the engine's start; asked again every ${EVERY / 1000} seconds.`);
     say("status", `An engine serves ${model} here.`);
   } catch (error) {
-    say("live-text", error.message || "The server wants its API key.");
+    if (error instanceof NoKey) return askForKey(error);
+    say("live-text", error.message);
     if (error instanceof Unreachable) say("status", error.message);
   }
   if (!paused && !document.hidden) timer = setTimeout(show, EVERY);
@@ -85,7 +88,7 @@ function facts({ model, pattern, executor, layers, page_size, reclamation, max_m
     Model: model,
     Pattern: pattern?.text,
     Executor: executor,
-    Layers: layers && Object.entries(layers).map(([attention, which]) => `${which.length} ${attention.replaceAll("_", " ")}`).filter((text) => !text.startsWith("0")).join(", "),
+    Layers: layers && kinds(layers),
     "Longest sequence": max_model_len && `${count(max_model_len)} tokens`,
     Page: page_size && `${count(page_size)} tokens`,
     "Giving blocks back": reclamation,
@@ -96,6 +99,12 @@ function facts({ model, pattern, executor, layers, page_size, reclamation, max_m
       .filter(([, value]) => value)
       .flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, value)]),
   );
+}
+
+/** How many layers run what: `layers` has the numbers of the layers of each kind, and their total. */
+function kinds({ total, ...layers }) {
+  const some = Object.entries(layers).filter(([, numbers]) => numbers.length);
+  return `${some.map(([kind, numbers]) => `${numbers.length} ${kind.replaceAll("_", " ")}`).join(", ")}, of ${total}`;
 }
 
 function versions(known) {

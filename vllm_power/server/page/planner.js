@@ -129,7 +129,7 @@ function show({ prefill, decode, memory, workload, parameters, pattern }, query)
     row(several ? `All ${count(concurrency)} requests` : "The request", workload.seconds.dense, workload.seconds.power, workload.ratio, seconds),
   );
   say("plan-caption", `${count(context)} tokens in, ${count(output)} out, ${count(concurrency)} at a time; ${pattern}`);
-  const much = `${short(parameters / 1e9)} billion parameters take ${bytes(memory.weight_bytes)}, ${bytes(memory.kv_space_bytes)} are left for the KV cache.`;
+  const much = `${parameters < 1e8 ? `${short(parameters / 1e6)} million` : `${short(parameters / 1e9)} billion`} parameters take ${bytes(memory.weight_bytes)}, ${bytes(memory.kv_space_bytes)} are left for the KV cache.`;
   say("plan-text", `${verdict(memory.fits, workload, several)} ${much}`);
   byId("plan-result").hidden = false;
 }

@@ -9,7 +9,7 @@ import * as planner from "./planner.js";
 async function start() {
   try {
     const info = await ask("info");
-    byId("key-form").hidden = true;
+    wantKey(false);
     const { text, ...pattern } = info.pattern ?? {};
     figures.live(info);
     await Promise.all([explanation.explain(pattern, info.max_model_len), planner.plan(pattern)]);
@@ -18,12 +18,18 @@ async function start() {
   }
 }
 
+/** Ask for the key in place of all that needs it, or show that again. */
+function wantKey(wanted) {
+  byId("key-form").hidden = !wanted;
+  document.querySelector("main").hidden = wanted;
+  if (wanted) byId("key").focus();
+}
+
 function fail(error) {
   if (error.name === "AbortError") return;
   say("status", error.message || "This server wants its API key.");
   if (error instanceof NoKey) {
-    byId("key-form").hidden = false;
-    byId("key").focus();
+    wantKey(true);
   } else if (!(error instanceof Unreachable)) {
     throw error;
   }
@@ -36,6 +42,6 @@ byId("key-form").addEventListener("submit", (event) => {
   start();
 });
 explanation.listen(fail);
-figures.listen();
+figures.listen(fail);
 planner.listen(fail);
 start();
