@@ -7,10 +7,12 @@ import typer
 
 from vllm_power.calibration.command import calibrate_command
 from vllm_power.evals.command import eval_command
+from vllm_power.training.command import passkey
 
 app = typer.Typer(help="PowerAttention for vLLM: tools around the attention backend.", no_args_is_help=True)
 bench = typer.Typer(no_args_is_help=True)
 app.add_typer(bench, name="bench")
+app.add_typer(passkey, name="passkey")
 
 # The command hands everything after its name, --help included, to a program with its own arguments.
 HANDED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}

@@ -1,0 +1,72 @@
+"""``vllm-power passkey``: train the small model under a pattern, evaluate it, draw the comparison."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+passkey = typer.Typer(no_args_is_help=True)
+
+Minutes = Annotated[float, typer.Option(min=0.01, help="Length of the training; compiling comes on top.")]
+Results = Annotated[
+    Path | None, typer.Option(help="Append the rows to passkey.jsonl there. [default: the folder itself]")
+]
+PerDepth = Annotated[int, typer.Option(min=1, help="Passkeys for each length and twentieth of the depth.")]
+
+
+@passkey.callback()
+def passkey_callback() -> None:
+    """A small model that finds a passkey in 32K tokens under a pattern, trained from scratch."""
+
+
+@passkey.command("train")
+def train_command(
+    folder: Annotated[Path, typer.Argument(help="Where checkpoint, log and model go; goes on from there.")],
+    pattern: Annotated[str, typer.Option(help="The pattern to train under.")] = "power",
+    minutes: Minutes = 15.0,
+    seed: Annotated[int, typer.Option(help="Of weights and data.")] = 0,
+    probe: Annotated[float, typer.Option(min=0.0, help="Weight of the probe's loss.")] = 1.0,
+    toy: Annotated[bool, typer.Option(help="Toy sizes that a CPU trains in half a minute.")] = False,
+    results: Results = None,
+    per_depth: PerDepth = 20,
+) -> None:
+    """Train under one pattern, write FOLDER/model, and evaluate it at every length and depth."""
+    from vllm_power.training.passkey_run import main
+
+    raise typer.Exit(
+        main(
+            folder,
+            pattern=pattern,
+            minutes=minutes,
+            seed=seed,
+            probe=probe,
+            toy=toy,
+            results=results or folder,
+            per_depth=per_depth,
+        )
+    )
+
+
+@passkey.command("evaluate")
+def evaluate_command(
+    folder: Annotated[Path, typer.Argument(help="A folder of `passkey train`.")],
+    pattern: Annotated[
+        str | None, typer.Option(help="The pattern to run under. [default: the one it was trained under]")
+    ] = None,
+    results: Results = None,
+    per_depth: PerDepth = 20,
+) -> None:
+    """Evaluate a trained model at every length and depth, under any pattern."""
+    from vllm_power.training.passkey_run import evaluate_folder
+
+    evaluate_folder(folder, pattern, results or folder, per_depth)
+
+
+@passkey.command("plot")
+def plot_command(
+    folder: Annotated[Path, typer.Option(help="Where passkey.jsonl is.")] = Path("docs/results"),
+) -> None:
+    """Draw accuracy by length, one line a pattern, into passkey.svg."""
+    from vllm_power.training.passkey_plot import plot
+
+    typer.echo(plot(folder))
