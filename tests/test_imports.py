@@ -24,6 +24,7 @@ def modules_after(statement: str) -> set[str]:
         ("import vllm_power.plugin", {"torch", "vllm", "triton"}),
         ("import vllm_power.cli", {"torch", "vllm", "triton", "matplotlib"}),
         ("import vllm_power.kernels.plan, vllm_power.kernels.reference", {"vllm"}),
+        ("import vllm_power.training.attention, vllm_power.calibration.run", {"vllm"}),
     ],
 )
 def test_a_package_does_not_import_what_is_above_it(statement, absent):
