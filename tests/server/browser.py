@@ -96,7 +96,7 @@ class Page:
         self.wait(lambda: self.browser.find_elements(By.CSS_SELECTOR, ready))
         return self
 
-    def wait(self, condition: Callable[[], Any], seconds: float = 10) -> Any:
+    def wait(self, condition: Callable[[], Any], seconds: float = 30) -> Any:
         return WebDriverWait(self.browser, seconds, 0.05).until(lambda _: condition())
 
     def at(self, name: str) -> WebElement:
