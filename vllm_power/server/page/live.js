@@ -53,6 +53,7 @@ async function show() {
     say("live-text", error.message);
     if (error instanceof Unreachable) say("status", error.message);
   }
+  clearTimeout(timer); // of an answer that was under way when this one was asked for
   if (!paused && !document.hidden) timer = setTimeout(show, EVERY);
 }
 
