@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from vllm_power.bench.results import Row
+
 QWEN2_7B: dict[str, Any] = {
     "architectures": ["Qwen2ForCausalLM"],
     "model_type": "qwen2",
@@ -46,8 +48,6 @@ IMPLS: dict[str, dict[str, Any]] = {
 }
 CHUNK = 8_192
 
-Row = dict[str, Any]
-
 
 @contextmanager
 def model_folder(config: dict[str, Any]) -> Iterator[str]:
@@ -68,7 +68,9 @@ def engine(impl: str, config: dict[str, Any], **settings: Any) -> Iterator[Any]:
             folder,
             load_format="dummy",
             skip_tokenizer_init=True,
-            kernel_config={"enable_flashinfer_autotune": False},  # 20 s at each start, for kernels not used here
+            kernel_config={
+                "enable_flashinfer_autotune": False
+            },  # 20 s at each start, for kernels not used here
             **{"enable_prefix_caching": False, "disable_log_stats": True, **IMPLS[impl], **settings},
         )
         say(f"{impl}: engine up after {time.perf_counter() - begin:.0f} s")

@@ -44,7 +44,7 @@ def measure(
             **served,
             "truncated": served["finished"] < requests,
             "preemptions": sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions"),
-            "cache_tokens": cache.num_gpu_blocks * cache.block_size,
+            "cache_sequences": cache.num_gpu_blocks * cache.block_size // (context + output),
             "page": cache.block_size,
             "chunk": CHUNK,
         }

@@ -5,27 +5,13 @@ import re
 import statistics
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+from vllm_power.bench import report_memory
+from vllm_power.bench.figures import pyplot, save
+from vllm_power.bench.results import Row, last_run, rows, where
 from vllm_power.executors import FASTEST
 
-Row = dict[str, Any]
 MARK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end -->)", re.S)
-
-
-def rows(folder: Path, name: str) -> list[Row]:
-    """The rows of ``folder``/``name``.jsonl; none where there is no such file."""
-    path = folder / f"{name}.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def last_run(measured: list[Row]) -> list[Row]:
-    """The rows of the same machine, commit and day as the last one: only within a run are times compared."""
-
-    def run(row: Row) -> tuple[Any, ...]:
-        return row["gpu"], row.get("cpu"), row["versions"], row["commit"], row["date"]
-
-    return [row for row in measured if run(row) == run(measured[-1])]
 
 
 def latest(measured: list[Row]) -> dict[tuple[str, int, int, str], float]:
@@ -74,21 +60,14 @@ def _table(measured: list[Row], names: dict[str, str], columns: dict[str, str]) 
             )
             ratio = found[0] / found[-1]
             lines.append(f"| {names[bench]} | {batch} | {context:,} | {cells} | {ratio:.2f}x |")
-    return f"{_machine(measured[-1])}\n\n" + "\n".join(lines) + "\n"
-
-
-def _machine(row: Row) -> str:
-    versions = row["versions"]
-    where = row["gpu"] or row.get("cpu")
-    return (
-        f"{where}, vLLM {versions['vllm']}, torch {versions['torch']}, {row['date']}, commit {row['commit']}:"
-    )
+    return f"{where(measured[-1])}\n\n" + "\n".join(lines) + "\n"
 
 
 TABLES: dict[str, Callable[[list[Row]], str]] = {
     "serve": serve_table,
     "kernels": kernels_table,
     "cpu": cpu_table,
+    "memory": report_memory.table,
 }
 # {file: (title, the dense implementation in its rows, {bench: what it is called})}
 PLOTS = {
@@ -107,27 +86,9 @@ def filled(text: str, folder: Path) -> str:
     return MARK.sub(replace, text)
 
 
-def _pyplot() -> Any:
-    """matplotlib.pyplot, for files that are the same for the same rows."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "vllm-power"
-    import matplotlib.pyplot
-
-    return matplotlib.pyplot
-
-
-def _save(figure: Any, path: Path) -> Path:
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
-    _pyplot().close(figure)
-    return path
-
-
 def plot(folder: Path, name: str) -> Path:
     """Draw how often ours fits into the dense time, by context, from ``folder``/``name``.jsonl into ``name``.svg."""
-    plt = _pyplot()
+    plt = pyplot()
     title, dense, names = PLOTS[name]
     times = latest(rows(folder, name))
     lines: dict[str, list[tuple[int, float]]] = {}
@@ -146,12 +107,12 @@ def plot(folder: Path, name: str) -> Path:
     axes.yaxis.set_major_formatter("{x:g}x")
     axes.grid(alpha=0.3)
     axes.legend()
-    return _save(figure, folder / f"{name}.svg")
+    return save(figure, folder / f"{name}.svg")
 
 
 def plot_rates(folder: Path) -> Path:
     """Draw the kernels' rates over the visible blocks against the GPU's measured ceilings into kernels-rates.svg."""
-    plt = _pyplot()
+    plt = pyplot()
     measured = last_run(rows(folder, "kernels"))
     ceilings = {row["impl"]: row for row in measured if row["bench"] == "ceiling"}
     names = {
@@ -178,7 +139,7 @@ def plot_rates(folder: Path) -> Path:
         axes.set_xscale("log", base=2)
         axes.grid(alpha=0.3)
         axes.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
-    return _save(figure, folder / "kernels-rates.svg")
+    return save(figure, folder / "kernels-rates.svg")
 
 
 def fastest(measured: list[Row]) -> dict[str, dict[str, str]]:
@@ -210,3 +171,5 @@ def main(page: Path = Path("README.md"), folder: Path = Path("docs/results")) ->
             plot(folder, name)
     if rows(folder, "kernels"):
         plot_rates(folder)
+    if rows(folder, "memory"):
+        report_memory.plot(folder)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path("docs/results")
+Row = dict[str, Any]
 
 
 def machine() -> dict[str, Any]:
@@ -45,6 +46,31 @@ def append(name: str, rows: list[dict[str, Any]], folder: Path = FOLDER) -> Path
     with path.open("a") as file:
         file.writelines(json.dumps({**row, **here}) + "\n" for row in rows)
     return path
+
+
+def rows(folder: Path, name: str) -> list[Row]:
+    """The rows of ``folder``/``name``.jsonl; none where there is no such file."""
+    path = folder / f"{name}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def run_of(row: Row) -> tuple[str, ...]:
+    """What the rows of a run share: machine, versions, commit and day."""
+    return tuple(str(row.get(key)) for key in ("gpu", "cpu", "versions", "commit", "date"))
+
+
+def last_run(measured: list[Row]) -> list[Row]:
+    """The rows of the same run as the last one: only within a run are measurements compared."""
+    return [row for row in measured if run_of(row) == run_of(measured[-1])]
+
+
+def where(row: Row) -> str:
+    """The machine, versions, day and commit of a row, as a line above a table."""
+    versions = row["versions"]
+    return (
+        f"{row['gpu'] or row.get('cpu')}, vLLM {versions['vllm']}, torch {versions['torch']}, "
+        f"{row['date']}, commit {row['commit']}:"
+    )
 
 
 def _cpu_model() -> str:
