@@ -1,6 +1,7 @@
 """The page in a browser: what tests do with it, and what serves it beside `make_app`: a guard, a made-up engine."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -18,6 +19,7 @@ from vllm_power.server.explore import make_app
 from vllm_power.server.routes import Unavailable
 
 KEY = "the key"
+CHECKS = Path(__file__).with_name("page_checks.js").read_text()
 MARKUP = "<img src=x onerror=alert(1)>"  # of a model's name: must be shown as it is
 
 

@@ -29,8 +29,10 @@ function lowContrast() {
 function problems() {
   const found = [];
   const all = (selector) => [...document.querySelectorAll(selector)];
-  const named = (node) =>
-    node.labels?.length || node.getAttribute("aria-label") || node.getAttribute("aria-labelledby") || node.textContent.trim();
+  const named = (node) => {
+    const told = node.labels?.length || node.getAttribute("aria-label") || node.getAttribute("aria-labelledby");
+    return told || (!node.matches("input, select, textarea") && node.textContent.trim());
+  };
   for (const node of all("input, select, textarea, button, a, section, nav, [role]")) {
     if (!named(node) && !node.matches("[role=alert], [role=status]")) found.push(`no name: ${node.outerHTML.slice(0, 80)}`);
   }
@@ -60,6 +62,16 @@ function tooWide() {
   return [...document.querySelectorAll("body *")]
     .filter((node) => node.checkVisibility() && node.getBoundingClientRect().right > innerWidth + 1)
     .map((node) => `${node.tagName}#${node.id}`);
+}
+
+/** The colours of a canvas at points of it (CSS pixels), as the style sheet writes them. */
+function coloursAt(canvas, points) {
+  const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+  const scale = canvas.width / canvas.clientWidth;
+  return points.map(([x, y]) => {
+    const at = 4 * (Math.floor(y * scale) * canvas.width + Math.floor(x * scale));
+    return `#${[...data.slice(at, at + 3)].map((value) => value.toString(16).padStart(2, "0")).join("")}`;
+  });
 }
 
 /** Colours of the style sheet by their names. */

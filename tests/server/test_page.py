@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from browser import Page
+from browser import CHECKS, Page
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -53,6 +53,42 @@ def test_the_numbers_are_the_patterns(explore: Page, tokens: int) -> None:
     for number, row in enumerate(rows, 1):
         assert f"{len(POWER.receptive_field(last, number)):,} block" in row.text
     assert rows[-1].text.endswith("all")
+
+
+def kind(q: int, k: int) -> str:
+    """The name of the colour that block ``k`` should have where ``q`` looks back."""
+    if not POWER.sees(q, k):
+        return "skipped"
+    return "start" if k < POWER.sink_blocks else "near" if q - k < POWER.window_blocks else "far"
+
+
+@pytest.mark.parametrize("query", [63, 40, 3])
+def test_every_block_has_the_colour_of_what_the_pattern_says(explore: Page, query: int) -> None:
+    explore.type("query", str(query))
+    explore.shows("sees-text", f"tokens of block {query} ")
+    names = "start", "near", "far", "skipped", "later"
+    colours = explore.run(CHECKS + "return colours(...arguments)", *names)
+    size = "return [arguments[0].clientWidth, arguments[0].clientHeight]"
+    at = CHECKS + "return coloursAt(...arguments)"
+
+    width, height = explore.run(size, explore.at("strip"))
+    drawn = explore.run(at, explore.at("strip"), [((k + 0.4) * width / 64, 0.7 * height) for k in range(64)])
+    assert drawn == [colours[kind(query, k) if k <= query else "later"] for k in range(64)]
+
+    cell = explore.run(size, explore.at("triangle"))[1] / 64
+    pairs = [(q, k) for q in range(64) for k in range(q + 1) if q not in (query - 1, query, query + 1)]
+    drawn = explore.run(at, explore.at("triangle"), [((k + 0.4) * cell, (q + 0.4) * cell) for q, k in pairs])
+    assert drawn == [colours[kind(q, k)] for q, k in pairs]
+
+    rows = explore.browser.find_elements(By.CSS_SELECTOR, "#fields canvas")
+    hops = POWER.hops(query)
+    for layers, row in enumerate(rows, 1):
+        width, height = explore.run(size, row)
+        drawn = explore.run(at, row, [((k + 0.4) * width / 64, height / 2) for k in range(query + 1)])
+        assert drawn == [
+            colours["skipped" if hop is None or hop > layers else "far" if hop == layers else "near"]
+            for hop in hops
+        ]
 
 
 def test_the_keyboard_moves_the_block(explore: Page) -> None:
