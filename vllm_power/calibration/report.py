@@ -106,7 +106,7 @@ def plot(told: Row, layers: list[Row], title: str, path: Path) -> None:
     ordered = sorted(layers, key=lambda row: row["layer"])
     colours = ["tab:blue" if row["dense"] else "lightgrey" for row in ordered]
     names = [str(row["layer"]) for row in ordered]
-    figure, panels = plt.subplots(2, 1, figsize=(max(6, 0.3 * len(ordered)), 5), sharex=True)
+    figure, panels = plt.subplots(2, 1, figsize=(max(7, 0.3 * len(ordered)), 5), sharex=True)
     for axes, field, label in (
         (panels[0], "output_error", "output error"),
         (panels[1], "kl_alone", "KL alone, nats a token"),
@@ -117,7 +117,8 @@ def plot(told: Row, layers: list[Row], title: str, path: Path) -> None:
     panels[1].set_xlabel("layer (filled: proposed to stay dense)")
     panels[0].set_title(
         f"{title}\nKL with every layer sparse {told['kl_none_dense']:.3g}, "
-        f"with the proposed ones dense {told['sets'][told['best']]['kl']:.3g}"
+        f"with the proposed ones dense {told['sets'][told['best']]['kl']:.3g}",
+        fontsize="medium",
     )
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
