@@ -15,10 +15,10 @@ MAX_POSITIONS = 131_072
 
 def export(model: SmallModel, pattern: Pattern, folder: Path) -> None:
     """Write ``model`` in bfloat16, with the pattern it was trained under in its config."""
-    from transformers import Qwen2ForCausalLM
+    from transformers import LlamaForCausalLM
 
     with torch.device("meta"):
-        exported = Qwen2ForCausalLM(config(model.sizes, pattern))
+        exported = LlamaForCausalLM(config(model.sizes, pattern))
     weights = {name: weight.detach().cpu().bfloat16() for name, weight in model.state_dict().items()}
     exported.load_state_dict(weights, strict=True, assign=True)
     exported.save_pretrained(folder)
@@ -26,8 +26,11 @@ def export(model: SmallModel, pattern: Pattern, folder: Path) -> None:
 
 
 def config(sizes: Sizes, pattern: Pattern) -> Any:
-    """transformers' Qwen2Config; ``power_attention`` is read by the backend (README.md, "Options")."""
-    from transformers import Qwen2Config
+    """transformers' LlamaConfig; ``power_attention`` is read by the backend (README.md, "Options").
+
+    Not Qwen2's: transformers replaces the tokenizer of every Qwen2 model by Qwen2's own.
+    """
+    from transformers import LlamaConfig
 
     paper = preset(pattern.name)
     changed = {
@@ -35,13 +38,14 @@ def config(sizes: Sizes, pattern: Pattern) -> Any:
         for field in fields(Pattern)
         if getattr(pattern, field.name) != getattr(paper, field.name)
     }
-    return Qwen2Config(
+    return LlamaConfig(
         vocab_size=sizes.vocab_size,
         hidden_size=sizes.width,
         intermediate_size=sizes.ffn,
         num_hidden_layers=sizes.layers,
         num_attention_heads=sizes.heads,
         num_key_value_heads=sizes.kv_heads,
+        head_dim=sizes.head_size,
         max_position_embeddings=MAX_POSITIONS,
         rms_norm_eps=NORM_EPSILON,
         rope_parameters={"rope_type": "default", "rope_theta": sizes.rope_theta},

@@ -1,4 +1,4 @@
-"""A small Qwen2 for training from scratch: plain modules whose state dict is that of transformers' Qwen2ForCausalLM.
+"""A small Llama for training from scratch: plain modules whose state dict is that of transformers' LlamaForCausalLM.
 
 On a GPU all documents of a step lie in one row, and which blocks a query sees is data, not code (packing.py): so a
 layer is compiled once, for every length, block size and pattern.
@@ -40,13 +40,15 @@ class Sizes:
 class Linear(nn.Linear):
     """Computes in its input's dtype, whatever its weights are kept in: bfloat16 arithmetic over float32 weights."""
 
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, bias=False)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        return F.linear(x, self.weight.to(x.dtype))
 
 
 class Norm(nn.Module):
-    """Qwen2's RMSNorm: normalises in float32, scales in its input's dtype."""
+    """Llama's RMSNorm: normalises in float32, scales in its input's dtype."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -59,7 +61,7 @@ class Norm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions and biases on queries, keys and values, as in Qwen2."""
+    """Grouped-query attention with rotary positions."""
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
@@ -67,7 +69,7 @@ class Attention(nn.Module):
         self.q_proj = Linear(sizes.width, sizes.width)
         self.k_proj = Linear(sizes.width, sizes.kv_heads * sizes.head_size)
         self.v_proj = Linear(sizes.width, sizes.kv_heads * sizes.head_size)
-        self.o_proj = Linear(sizes.width, sizes.width, bias=False)
+        self.o_proj = Linear(sizes.width, sizes.width)
 
     def forward(self, x: torch.Tensor, rotation: Rotation, mask: Mask) -> torch.Tensor:
         # [rows, heads or kv heads, length, head size]
@@ -85,13 +87,13 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Qwen2's gated feed-forward network."""
+    """Llama's gated feed-forward network."""
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
-        self.gate_proj = Linear(sizes.width, sizes.ffn, bias=False)
-        self.up_proj = Linear(sizes.width, sizes.ffn, bias=False)
-        self.down_proj = Linear(sizes.ffn, sizes.width, bias=False)
+        self.gate_proj = Linear(sizes.width, sizes.ffn)
+        self.up_proj = Linear(sizes.width, sizes.ffn)
+        self.down_proj = Linear(sizes.ffn, sizes.width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -113,7 +115,7 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embeddings, layers and the last norm: transformers' Qwen2Model."""
+    """Embeddings, layers and the last norm: transformers' LlamaModel."""
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
@@ -132,13 +134,13 @@ class Decoder(nn.Module):
 
 
 class SmallModel(nn.Module):
-    """Qwen2ForCausalLM. In training ``model`` gives hidden states, ``lm_head`` logits only where they are wanted."""
+    """LlamaForCausalLM. In training ``model`` gives hidden states, ``lm_head`` logits only where they are wanted."""
 
     def __init__(self, sizes: Sizes, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.sizes = sizes
         self.model = Decoder(sizes)
-        self.lm_head = Linear(sizes.width, sizes.vocab_size, bias=False)
+        self.lm_head = Linear(sizes.width, sizes.vocab_size)
         with torch.no_grad():
             for name, weight in self.named_parameters():
                 if weight.dim() == 2:
@@ -146,8 +148,6 @@ class SmallModel(nn.Module):
                     if name.endswith(("o_proj.weight", "down_proj.weight")):
                         spread *= (2 * sizes.layers) ** -0.5  # the residual stream keeps its size
                     weight.copy_(torch.randn(weight.shape, generator=generator) * spread)
-                elif name.endswith("bias"):
-                    weight.zero_()
 
     def forward(self, tokens: torch.Tensor, rotation: Rotation, mask: Mask) -> torch.Tensor:
         """Logits [rows, length, vocabulary] of every position; tokens int64 [rows, length]."""

@@ -1,0 +1,145 @@
+"""Training the small model at toy size: it learns, goes on after a stop as if there had been none, and is measured."""
+
+import json
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from typer.testing import CliRunner
+
+from vllm_power.cli import app
+from vllm_power.pattern import preset
+from vllm_power.training import passkey_run
+from vllm_power.training.passkey_eval import DEPTHS, evaluate
+from vllm_power.training.passkey_plot import accuracy, plot
+from vllm_power.training.passkey_run import Stopped, train
+from vllm_power.training.train_passkey import TOY, Settings, Stage, Trainer
+
+CPU = torch.device("cpu")
+QUIET = Console(quiet=True)
+TINY = replace(TOY, steps=6, layers=1, width=32, ffn=32, tokens=512)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(
+        1
+    )  # waiting for a second one costs more than it gives, at this size and on busy machines
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.slow
+def test_a_toy_learns_to_find_the_passkey(tmp_path):
+    trainer = train(TOY, tmp_path, CPU, QUIET)
+    pattern = preset("power", block_size=16)
+    rows = list(evaluate(trainer, pattern, 128, per_depth=10))
+    assert sum(row["correct"] for row in rows) / (DEPTHS * 10) > 0.5  # chance is 1 in 100,000
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["digits"] > 0.85 and log[-1]["step"] == TOY.steps
+
+
+def test_a_stopped_training_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
+    whole = train(TINY, tmp_path / "whole", CPU, QUIET)
+
+    step = Trainer.train_step
+
+    def terminated(self, *arguments):
+        step(self, *arguments)
+        if self.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "train_step", terminated)
+        with pytest.raises(Stopped, match="stopped at step 3; the same command goes on"):
+            train(TINY, tmp_path / "parts", CPU, QUIET)
+    parts = train(TINY, tmp_path / "parts", CPU, QUIET)
+
+    assert parts.step == whole.step == 6
+    for one, other in zip(parts.parameters, whole.parameters, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
+    train(TINY, tmp_path, CPU, QUIET)
+    with pytest.raises(ValueError, match=r"other settings \(seed 0 there, 1 here\): use another folder"):
+        train(replace(TINY, seed=1), tmp_path, CPU, QUIET)
+    assert Trainer.of_checkpoint(tmp_path / "checkpoint.pt", CPU).settings == TINY
+
+
+def test_the_time_limit_ends_a_training(tmp_path):
+    trainer = train(replace(TINY, steps=10**9, minutes=0.02), tmp_path, CPU, QUIET)
+    assert 1 < trainer.step < 10**9 and 1.2 <= trainer.elapsed < 10
+
+
+def test_stages_follow_the_curriculum(tmp_path):
+    stages = (Stage(0.5, (4,), shrink=2), Stage(1.0, (4, 8)))
+    train(replace(TINY, curriculum=stages, steps=40), tmp_path, CPU, QUIET)
+    first, second = (json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines())
+    assert set(first["passkeys"]) == {"64"} and set(second["passkeys"]) == {"128", "256"}
+
+
+def test_steps_are_whole_documents_of_whole_tiles():
+    settings = Settings()
+    for stage in settings.curriculum:
+        block_size = settings.block_size // stage.shrink
+        for blocks in stage.blocks:
+            assert settings.tokens % (blocks * block_size) == 0
+        assert block_size % 128 == 0  # FlexAttention's tile
+    assert settings.curriculum[-1].until == 1 and max(settings.curriculum[-1].blocks) * 256 == 32_768
+
+
+def test_the_command_trains_exports_and_measures(tmp_path, monkeypatch):
+    monkeypatch.setattr(passkey_run, "TOY", TINY)
+    monkeypatch.setattr(passkey_run, "CONTEXTS", (1_024, 2_048))
+    run = CliRunner().invoke(
+        app, ["passkey", "train", str(tmp_path), "--toy", "--pattern", "longnet", "--per-depth", "1"]
+    )
+    assert run.exit_code == 0, run.output
+    again = CliRunner().invoke(
+        app, ["passkey", "evaluate", str(tmp_path), "--pattern", "full", "--per-depth", "2"]
+    )
+    assert again.exit_code == 0, again.output
+    assert (tmp_path / "model" / "model.safetensors").exists()
+    rows = [json.loads(line) for line in (tmp_path / "passkey.jsonl").read_text().splitlines()]
+    assert [(row["pattern"], row["trained"], row["context"]) for row in rows[::DEPTHS]] == [
+        *(("longnet", "longnet", length) for length in (128, 256)),
+        *(("full", "longnet", length) for length in (128, 256)),
+    ]
+    assert {row["total"] for row in rows} == {1, 2}
+    assert all("versions" in row and 0 <= row["correct"] <= row["total"] for row in rows)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_training_at_full_size_wants_a_gpu(tmp_path):
+    run = CliRunner().invoke(app, ["passkey", "train", str(tmp_path)])
+    assert run.exit_code == 1 and "--toy trains a toy" in run.output
+
+
+def test_accuracy_and_plot(tmp_path: Path):
+    rows = [
+        {
+            "pattern": pattern,
+            "trained": trained,
+            "context": 1_024,
+            "depth": depth,
+            "correct": right,
+            "total": 4,
+        }
+        for pattern, trained, depth, right in [
+            ("power", "power", 0.1, 0),
+            ("power", "power", 0.1, 4),  # measured again
+            ("power", "power", 0.9, 2),
+            ("longnet", "longnet", 0.1, 1),
+            ("longnet", "power", 0.1, 4),  # not how it was trained
+        ]
+    ]
+    assert accuracy(rows) == {"longnet": {1_024: 0.25}, "power": {1_024: 0.75}}
+    (tmp_path / "passkey.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    drawn = plot(tmp_path).read_bytes()
+    assert plot(tmp_path).read_bytes() == drawn
