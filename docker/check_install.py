@@ -56,10 +56,11 @@ def main(step: str, file: Path) -> None:
         sys.exit(f"installing {PLUGIN} changed other packages: {changed}")
     if missing := unmet(packages):
         sys.exit(f"{PLUGIN} needs what this vLLM does not bring: {', '.join(missing)}")
-    plugins = {plugin.name: plugin for plugin in entry_points(group="vllm.general_plugins")}
-    if "power" not in plugins:
-        sys.exit(f"vLLM would find only these plugins: {sorted(plugins)}")
-    plugins["power"].load()
+    for group in ("vllm.general_plugins", "vllm.endpoint_plugins"):
+        plugins = {plugin.name: plugin for plugin in entry_points(group=group)}
+        if "power" not in plugins:
+            sys.exit(f"vLLM would find only these {group}: {sorted(plugins)}")
+        plugins["power"].load()
     print(f"{PLUGIN} {version(PLUGIN)} beside vLLM {version('vllm')}: {len(noted)} other packages unchanged")
 
 

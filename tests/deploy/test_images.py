@@ -187,7 +187,7 @@ def site(tmp_path):
     return made
 
 
-PLUGIN = "[vllm.general_plugins]\npower = json:loads\n"
+PLUGIN = "[vllm.general_plugins]\npower = json:loads\n[vllm.endpoint_plugins]\npower = json:loads\n"
 
 
 def test_build_check_accepts_the_plugin_alone(site):
@@ -211,8 +211,10 @@ def test_build_check_names_what_is_missing(site):
     assert "other>=2 (here: 1.0)" in done.stderr and "absent>=1 (here: None)" in done.stderr
 
 
-def test_build_check_needs_the_entry_point_to_load(site):
-    site("vllm-power", "9.9", [], "[vllm.general_plugins]\npower = vllm_power_is_not_here:register\n")
+@pytest.mark.parametrize("group", ["general", "endpoint"])
+def test_build_check_needs_the_entry_points_to_load(site, group):
+    line = f"[vllm.{group}_plugins]\npower = "
+    site("vllm-power", "9.9", [], PLUGIN.replace(f"{line}json:loads", f"{line}vllm_power_is_not_here:register"))
     done = site.run("after")
     assert done.returncode != 0 and "vllm_power_is_not_here" in done.stderr
 

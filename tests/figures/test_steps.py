@@ -3,13 +3,16 @@
 import random
 import timeit
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from shown import STAGE, figures
+from vllm.platforms import current_platform
 
 from vllm_power import compat
-from vllm_power.bench.scheduler_alone import SchedulerAlone
+from vllm_power.bench.engine import IMPLS
+from vllm_power.bench.scheduler_alone import SchedulerAlone, configuration
 from vllm_power.figures import board, names, steps
 from vllm_power.pattern import Pattern, preset
 
@@ -167,3 +170,12 @@ def test_names_are_those_that_are_written(engine: Callable[..., SchedulerAlone])
     engine(500, **SETTINGS)
     written = {name.split(".")[0] for name in figures()}
     assert written == {figure.name.removeprefix("vllm_power_") for figure in names.ALL}
+
+
+@pytest.mark.parametrize("counts", [True, False], ids=["power", "another backend"])
+def test_only_an_engine_with_the_backend_counts(counts: bool, folder: Path) -> None:
+    """By the hook that vLLM calls in the engine's process before it makes a scheduler."""
+    with configuration(IMPLS["power"] if counts else {}, **SETTINGS) as config:
+        current_platform.register_custom_kv_cache_specs(config)
+        scheduler = config.scheduler_config.get_scheduler_cls()
+        assert issubclass(scheduler, steps.CountedScheduler) == counts
