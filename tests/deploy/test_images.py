@@ -214,7 +214,9 @@ def test_build_check_names_what_is_missing(site):
 @pytest.mark.parametrize("group", ["general", "endpoint"])
 def test_build_check_needs_the_entry_points_to_load(site, group):
     line = f"[vllm.{group}_plugins]\npower = "
-    site("vllm-power", "9.9", [], PLUGIN.replace(f"{line}json:loads", f"{line}vllm_power_is_not_here:register"))
+    site(
+        "vllm-power", "9.9", [], PLUGIN.replace(f"{line}json:loads", f"{line}vllm_power_is_not_here:register")
+    )
     done = site.run("after")
     assert done.returncode != 0 and "vllm_power_is_not_here" in done.stderr
 
