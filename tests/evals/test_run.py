@@ -14,7 +14,7 @@ import pytest
 from fake_endpoint import rows
 
 from vllm_power.evals import endpoint as endpoint_module
-from vllm_power.evals.settings import EvalError
+from vllm_power.evals.settings import EvalError, even_depths
 from vllm_power.evals.target import Target, server_arguments
 
 
@@ -96,7 +96,7 @@ def test_half_a_line_at_the_end_is_asked_again(endpoint, evaluate, tmp_path):
     assert len(rows(items)) == 12
 
 
-def test_a_killed_process_goes_on(endpoint, tmp_path, tokenizer):
+def test_a_killed_process_goes_on(endpoint, evaluate, tmp_path, capsys):
     fake = endpoint(delay=0.2)
     command = [str(Path(sys.executable).with_name("vllm-power")), "eval", "--url", fake.url]
     command += ["--folder", str(tmp_path / "out"), "--tasks", "passkey", "--lengths", "512"]
@@ -115,9 +115,8 @@ def test_a_killed_process_goes_on(endpoint, tmp_path, tokenizer):
     assert kept < 20
     fake.delay = 0.0
     before = len(fake.prompts)
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert f"{kept} of 20 requests were answered before" in done.stdout
+    assert evaluate(fake, lengths=(512,), depths=even_depths(20), samples=1) == 0
+    assert f"{kept} of 20 requests were answered before" in capsys.readouterr().out
     assert len(fake.prompts) - before == 20 - kept
     assert len(rows(items)) == 20
 

@@ -1,7 +1,7 @@
 """A prompt of a given number of tokens with one sentence hidden at a given depth."""
 
 import re
-from bisect import bisect_left
+from bisect import bisect_right
 from collections.abc import Callable
 from itertools import accumulate
 from typing import Any
@@ -41,9 +41,7 @@ class Haystack:
         while True:
             chosen = self._take(room, start)
             ends = list(accumulate(self.tokens[piece] for piece in chosen))
-            before = bisect_left(ends, depth * ends[-1]) if ends else 0
-            # Depth 1 is behind the last piece, which bisect_left would leave after the needle.
-            before = len(chosen) if depth == 1 else before
+            before = bisect_right(ends, depth * ends[-1]) if ends else 0
             words = [self.pieces[piece] for piece in chosen]
             prompt = frame(" ".join([*words[:before], needle, *words[before:]]))
             over = self.count(prompt) - tokens

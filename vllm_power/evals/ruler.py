@@ -34,6 +34,7 @@ NEEDLE_TASKS: dict[str, dict[str, Any]] = {
 }
 ANSWER_TOKENS = {"ruler_vt": 30, "ruler_cwe": 120, "ruler_fwe": 50, "ruler_qa": 32}
 NIAH_ANSWER_TOKENS = 128
+EXAMPLE_TOKENS = 500  # of the example that ruler_vt begins with
 SHORTEST = 1024  # tokens; in less, some of the generators try for ever
 
 
@@ -88,8 +89,9 @@ def _made(task: str, settings: Settings, tokenizer: Any, length: int) -> Documen
     try:
         with _quiet():
             maker = _maker(task, settings)
+            fits = task != "ruler_vt" or _chains_fit(tokenizer, length)
             _seed(settings.seed)
-            found = maker(tokenizer, length, settings.ruler_samples)
+            found = maker(tokenizer, length, settings.ruler_samples) if fits else []
     except ImportError as error:
         raise EvalError(f"{task} needs {error.name}: pip install 'vllm-power[eval]'") from error
     except ValueError as error:
@@ -139,17 +141,28 @@ def _needles(kind: dict[str, Any], tokenizer: Any, length: int, count: int) -> D
 
 
 def _chains(tokenizer: Any, length: int, count: int) -> Documents:
-    from lm_eval.tasks.ruler.vt_utils import generate_input_output, sys_vartrack_w_noise_random
+    from lm_eval.tasks.ruler.vt_utils import sys_vartrack_w_noise_random
 
-    # Its example has 500 tokens; where not even five lines of noise fit, the generator would try for ever.
-    text, _ = generate_input_output(5, num_chains=1, num_hops=4, is_icl=True)
-    if len(tokenizer(text).input_ids) > 460:
-        return []
-    (example,) = sys_vartrack_w_noise_random(tokenizer, num_samples=1, max_seq_length=500, incremental=5)
+    (example,) = sys_vartrack_w_noise_random(
+        tokenizer, num_samples=1, max_seq_length=EXAMPLE_TOKENS, incremental=5
+    )
     found: Documents = sys_vartrack_w_noise_random(
         tokenizer, num_samples=count, max_seq_length=length, icl_example=example
     )
     return found
+
+
+def _chains_fit(tokenizer: Any, length: int) -> bool:
+    """Whether the least noise that the generator of chains begins with fits; else it would try for ever."""
+    from lm_eval.tasks.ruler.vt_utils import generate_input_output
+
+    def tokens(lines_of_noise: int, is_icl: bool) -> int:
+        text, _ = generate_input_output(lines_of_noise, num_chains=1, num_hops=4, is_icl=is_icl)
+        return (
+            len(tokenizer(text).input_ids) + ANSWER_TOKENS["ruler_vt"] + 40
+        )  # random names differ in tokens
+
+    return tokens(5, True) <= EXAMPLE_TOKENS and tokens(10, False) + EXAMPLE_TOKENS <= length
 
 
 def _common_words(tokenizer: Any, length: int, count: int) -> Documents:
