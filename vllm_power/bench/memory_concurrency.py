@@ -51,7 +51,7 @@ def most_at_once(config: VllmConfig, context: int, output: int, pages: int, requ
         while scheduler.vllm.requests:
             scheduler.step()
             decoding = max(decoding, scheduler.decoding)
-            held = max(held, scheduler.held_pages)
+            held = max(held, pages - scheduler.free_pages)
         return scheduler.preemptions, decoding, held
 
     preemptions, decoding, held = serve(MOST)

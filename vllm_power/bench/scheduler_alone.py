@@ -16,7 +16,7 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import ModelRunnerOutput
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from vllm_power import kv_cache
@@ -82,11 +82,15 @@ class SchedulerAlone:
         self.preemptions += len(scheduled.preempted_req_ids or ())
         return middle - begin + end - again
 
+    def abort(self, request: Request) -> Request:
+        """As when a client goes away."""
+        self.vllm.finish_requests(request.request_id, RequestStatus.FINISHED_ABORTED)
+        return request
+
     @property
-    def held_pages(self) -> int:
-        """Pages that some request holds."""
-        pool = self.vllm.kv_cache_manager.block_pool
-        return pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
+    def free_pages(self) -> int:
+        """Pages that no request holds."""
+        return self.vllm.kv_cache_manager.block_pool.get_num_free_blocks()
 
     def _answer(self, scheduled: SchedulerOutput) -> ModelRunnerOutput:
         """A token for every request of which no known token is left to compute."""
