@@ -1,4 +1,4 @@
-"""Serves requests while every page that nobody owns holds NaN. In the engine's process."""
+"""Serves requests while every page that nobody holds is NaN. In the engine's process."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,7 +12,8 @@ class Served:
     """What came of the requests, and how the pool fared.
 
     answers: for each request, and each of its samples: tokens and logprobs. peak: most pages held at once.
-    free_before, free_after: free pages of the pool. preemptions: how often a request was thrown out.
+    free_before, free_after: free pages of the pool. preemptions: how often a request was thrown out. cached: for each
+    request, the tokens of its prompt that were found in the prefix cache.
     """
 
     answers: list[list[tuple[list[int], list[float]]]] = field(default_factory=list)
@@ -20,21 +21,54 @@ class Served:
     free_before: int = 0
     free_after: int = 0
     preemptions: int = 0
+    cached: list[int] = field(default_factory=list)
+
+
+class Poison:
+    """NaN in every free page and in the null page, for as long as nobody holds them.
+
+    A page that is handed out is zeroed before its first use, as vLLM's pages are when the server starts; one that is
+    found by its hash gets its contents back: only a hit may make it readable again.
+    """
+
+    def __init__(self, pool: Any, caches: list[torch.Tensor]) -> None:
+        self.pool, self.caches = pool, caches
+        self.contents: dict[
+            int, tuple[Any, list[torch.Tensor]]
+        ] = {}  # of the poisoned pages: hash and what it held
+
+    def fill(self) -> None:
+        """Poison the pages that are free by now."""
+        free = [b for b in self.pool.blocks if b.ref_cnt == 0 and b.block_id not in self.contents]
+        for block in free:
+            hashed = block.block_hash is not None
+            held = [cache[block.block_id].clone() for cache in self.caches] if hashed else []
+            self.contents[block.block_id] = block.block_hash, held
+        for cache in self.caches:
+            cache[[block.block_id for block in free]] = torch.nan
+
+    def clean(self, everything: bool = False) -> None:
+        """Make the pages that are held by now usable, or all pages."""
+        blocks = self.pool.blocks
+        for page in [p for p in self.contents if everything or (blocks[p].ref_cnt and not blocks[p].is_null)]:
+            block_hash, held = self.contents.pop(page)
+            found = held and blocks[page].block_hash == block_hash
+            for number, cache in enumerate(self.caches):
+                cache[page] = held[number] if found else 0
 
 
 def serve(
     llm: Any,
     prompts: Sequence[list[int]],
     max_tokens: Sequence[int],
-    n: int = 1,
+    n: int | Sequence[int] = 1,
     abort_after: dict[int, int] | None = None,
     preempt_at: Sequence[int] = (),
 ) -> Served:
-    """Serve ``prompts`` together; request i is aborted after ``abort_after[i]`` steps, if it is named there, and all
-    running requests are preempted before the steps ``preempt_at``.
+    """Serve ``prompts`` together, with ``n`` samples of each; request i is aborted after ``abort_after[i]`` steps, if
+    it is named there, and all running requests are preempted before the steps ``preempt_at``.
 
-    After each step all free pages that no later prompt may find by their hash become NaN. A page that is handed out
-    is zeroed just before its first use, as vLLM's pages are when the server starts.
+    All pages that nobody holds are NaN in every step.
     """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
@@ -43,32 +77,21 @@ def serve(
     core = engine.engine_core.engine_core
     pool = core.scheduler.kv_cache_manager.block_pool
     caches = core.model_executor.driver_worker.worker.model_runner.kv_caches
-    poisoned: set[int] = set()
+    poison = Poison(pool, caches)
     served = Served(free_before=pool.get_num_free_blocks())
     execute = core.model_executor.execute_model
 
-    def poison() -> None:
-        nobodys = {
-            b.block_id for b in pool.blocks if b.ref_cnt == 0 and b.block_hash is None and not b.is_null
-        }
-        free = list(nobodys - poisoned)
-        for cache in caches:
-            cache[free] = torch.nan
-        poisoned.update(free)
-
     def clean_then_execute(*arguments: Any, **keywords: Any) -> Any:
-        used = [page for page in poisoned if pool.blocks[page].ref_cnt > 0]
-        for cache in caches:
-            cache[used] = 0
-        poisoned.difference_update(used)
+        poison.clean()
         return execute(*arguments, **keywords)
 
     core.model_executor.execute_model = clean_then_execute
     results: dict[str, Any] = {}
     try:
-        poison()
+        poison.fill()
         torch.manual_seed(0)  # samples are drawn from the one generator of a CPU
-        for index, (prompt, count) in enumerate(zip(prompts, max_tokens, strict=True)):
+        samples = [n] * len(prompts) if isinstance(n, int) else n
+        for index, (prompt, count, n) in enumerate(zip(prompts, max_tokens, samples, strict=True)):
             sampling = SamplingParams(
                 temperature=0 if n == 1 else 1,
                 n=n,
@@ -91,16 +114,16 @@ def serve(
                 served.preemptions, *(r.num_preemptions for r in core.scheduler.requests.values()), 0
             )
             served.peak = max(served.peak, served.free_before - pool.get_num_free_blocks())
-            poison()
+            poison.fill()
             step += 1
     finally:
         core.model_executor.execute_model = execute
-        for cache in caches:
-            cache[list(poisoned)] = 0
+        poison.clean(everything=True)
     served.free_after = pool.get_num_free_blocks()
     for index in range(len(prompts)):
         if output := results.get(str(index)):
             served.answers.append([_plain(sample) for sample in output.outputs])
+            served.cached.append(output.num_cached_tokens)
     return served
 
 

@@ -1,6 +1,7 @@
-"""Giving KV blocks back changes no answer by a bit, in the real engine, with NaN in every page that nobody owns."""
+"""Giving KV blocks back changes no answer by a bit, in the real engine, with NaN in every page that nobody holds."""
 
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,11 @@ import pytest
 import reclaim
 import torch
 from engine_worker import Worker
+from generation import metrics
 from prompts import random_tokens
+
+from vllm_power.lifetimes import lifetimes
+from vllm_power.pattern import POWER
 
 SMALL_PAGES = {"block_size": 64, "enable_prefix_caching": False, "kv_cache_memory_bytes": 64 << 20}
 
@@ -74,6 +79,9 @@ def test_drafts(model: Path, another_worker: Callable[..., Worker]) -> None:
             model, **SMALL_PAGES, speculative_config=drafting, additional_config={"power": {"reclaim": on}}
         )
         served.append(engine.call(reclaim.serve, *job))
+        counts = engine.call(metrics)
+        accepted = counts["vllm:spec_decode_num_accepted_tokens"]
+        assert accepted < counts["vllm:spec_decode_num_draft_tokens"]
     assert served[0].answers == served[1].answers
     assert served[0].peak < served[1].peak
 
@@ -109,8 +117,8 @@ def test_preemption(model: Path, worker: Worker) -> None:
 
 
 def test_turns_of_a_chat(model: Path, worker: Worker) -> None:
-    """Each turn finds what it can of the last one in the prefix cache, whose blocks were given back meanwhile."""
-    answers = []
+    """Each turn finds the last one in the prefix cache, although blocks of it were given back, and NaN, meanwhile."""
+    answers, cached = [], []
     for on in (True, False):
         worker.start(
             model, block_size=64, enable_prefix_caching=True, additional_config={"power": {"reclaim": on}}
@@ -121,9 +129,67 @@ def test_turns_of_a_chat(model: Path, worker: Worker) -> None:
             served = worker.call(reclaim.serve, [chat], [70])
             ((tokens, _),) = served.answers[0]
             said.append(tokens)
+            cached.append(served.cached[0])
             chat = chat + tokens + random_tokens(300, turn + 1)
         answers.append(said)
     assert answers[0] == answers[1]
+    assert cached[:3] == cached[3:] and cached[1] >= 2200 // 64 * 64
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_everything_at_once(model: Path, worker: Worker, seed: int) -> None:
+    """Shared prefixes, several samples, a dense layer, aborts and preemptions in one run."""
+    generator = random.Random(seed)
+    family = random_tokens(2000, seed)
+    prompts = [
+        family[: generator.choice((0, 700, 1600, 2000))] + random_tokens(generator.randint(1, 2500), number)
+        for number in range(6)
+    ]
+    budgets = [generator.randint(1, 60) for _ in prompts]
+    samples = [generator.choice((1, 1, 2, 3)) for _ in prompts]
+    aborts = {number: generator.randint(1, 40) for number in generator.sample(range(6), 2)}
+    settings = {
+        "enable_prefix_caching": True,
+        "max_num_batched_tokens": generator.randint(200, 1200),
+        "additional_config": {"power": {"dense_layers": [0]}},
+    }
+    on, off = both(worker, model, settings, prompts, budgets, samples, aborts, (5, 18))
+    assert on.answers == off.answers
+    assert on.preemptions == off.preemptions > 0
+
+
+def test_a_pool_under_pressure_serves_all(model: Path, worker: Worker) -> None:
+    """Twelve requests in a cache that holds the peaks of two: they wait, or are thrown out, and all are answered."""
+    generator = random.Random(7)
+    prompts = [random_tokens(generator.randint(500, 4000), number) for number in range(12)]
+    budgets = [generator.randint(20, 200) for _ in prompts]
+    settings = {"max_model_len": 4224, "num_gpu_blocks_override": 100, "max_num_batched_tokens": 512}
+    worker.start(model, **{**SMALL_PAGES, **settings})
+    served = worker.call(reclaim.serve, prompts, budgets)
+    assert [len(tokens) for ((tokens, _),) in served.answers] == budgets
+    assert served.free_after == served.free_before
+    assert served.peak > 80
+
+
+def test_vllm_reports_the_concurrency(model: Path, worker: Worker) -> None:
+    """Its line at the start counts a request by its peak, about half of all blocks and what is in work."""
+    told = []
+    for on in (True, False):
+        settings = {"max_model_len": 8192, "max_num_batched_tokens": 256, "num_gpu_blocks_override": 256}
+        options = {"power": {"reclaim": on}}
+        worker.start(model, **{**SMALL_PAGES, **settings, "additional_config": options})
+        lines = re.findall(
+            r"Maximum concurrency for 8,192 tokens per request: ([\d.]+)x", worker.log.read_text()
+        )
+        told.append(float(lines[-1]))
+    assert told[1] == 2.0  # 256 pages of 64 tokens
+    assert told[0] == pytest.approx(256 / peak_pages(8192, 256), abs=0.01)
+
+
+def peak_pages(tokens: int, chunk: int) -> int:
+    """Pages of 64 tokens that a request holds at its peak, with one chunk and the block it ends in in work."""
+    last = (tokens - 2) // POWER.block_size
+    return 4 * (lifetimes(POWER, last).peak_from[0] + 1 + chunk // POWER.block_size)
 
 
 def test_a_prompt_that_fits_only_thanks_to_reclamation(model: Path, worker: Worker) -> None:
