@@ -20,15 +20,15 @@ def config():
 
 
 @pytest.mark.parametrize("caching", [True, False], ids=["prefix_caching", "no_prefix_caching"])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_tight_pool_serves_everything(config: VllmConfig, caching: bool, seed: int) -> None:
-    """A hundred requests, some of one family, some thrown out, some aborted, in a pool for the peak of one."""
+    """Sixty requests, some of one family, some thrown out, some aborted, in a pool for the peak of one."""
     generator = random.Random(seed)
     config.cache_config.enable_prefix_caching = caching
     scheduler = SchedulerAlone(config, pages=56)  # the peak of the longest, with a chunk in work, is 42
     free = scheduler.free_pages
     wanted = {}
-    for number in range(100):
+    for number in range(60):
         shared = [seed] * generator.choice((0, 0, 0, 0, 300, 9000))
         prompt = shared + [number] * generator.choice((1, 1, 1, 200, 1000, 5000))
         request = scheduler.add(prompt, generator.randint(1, 2000))  # answers grow beyond what was reserved
@@ -41,7 +41,7 @@ def test_a_tight_pool_serves_everything(config: VllmConfig, caching: bool, seed:
             wanted.pop(scheduler.abort(generator.choice(running)))
     assert not scheduler.vllm.requests, "it does not come to an end"
     assert all(request.num_output_tokens == count for request, count in wanted.items())
-    assert 50 < len(wanted) < 100 and scheduler.preemptions > 0
+    assert 30 < len(wanted) < 60 and scheduler.preemptions > 0
     assert scheduler.free_pages == free
 
 
