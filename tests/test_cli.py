@@ -23,6 +23,8 @@ runner = CliRunner()
         (["bench", "cpu", "--help"], "--seconds"),
         (["bench", "--help"], "report"),
         (["bench", "kernels", "--help"], "--million"),
+        (["explore", "--help"], "--model"),
+        (["doctor", "--help"], "--json"),
         (["version"], "vllm-power 0."),
     ],
     ids=" ".join,

@@ -14,7 +14,9 @@ from vllm_power.lifetimes import lifetimes
 from vllm_power.pattern import NAMES, POWER, Pattern, preset
 from vllm_power.server import estimate as estimates
 from vllm_power.server import gpus, shapes
-from vllm_power.server.estimate import FULL, Question, estimate, held, token_pairs, tokens_read
+from vllm_power.server.counts import held, token_pairs, tokens_read
+from vllm_power.server.estimate import FULL, estimate
+from vllm_power.server.question import Question
 
 ROOT = Path(__file__).parents[2]
 # How far a modelled time, or ratio of times, may be from a measured one.

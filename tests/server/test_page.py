@@ -10,7 +10,8 @@ from selenium.webdriver.common.keys import Keys
 
 from vllm_power.lifetimes import lifetimes
 from vllm_power.pattern import POWER
-from vllm_power.server.estimate import Question, estimate
+from vllm_power.server.estimate import estimate
+from vllm_power.server.question import Question
 
 # --- the drawing ------------------------------------------------------------------------------------------------------
 

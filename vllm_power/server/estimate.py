@@ -1,21 +1,16 @@
 """What a model costs under the pattern and dense: work, bytes, memory, and the time that a GPU should need.
 
-Work and memory are exact: they come from ``pattern.py`` and ``lifetimes.py``. Times are a roofline with a few measured
-constants; docs/explore.md has the formulas, the assumptions, and the recorded measurements beside them.
+Work and memory are exact (``counts.py``). Times are a roofline with a few measured constants; docs/explore.md has the
+formulas, the assumptions, and the recorded measurements beside them.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, Literal, Self
+from typing import Any
 
-from pydantic import Field, ValidationError, model_validator
-
-from vllm_power.lifetimes import lifetimes
 from vllm_power.pattern import Pattern, preset
-from vllm_power.server import gpus, shapes
-from vllm_power.server.drawing import MAX_TOKENS, Drawing
-from vllm_power.server.shapes import Shape
+from vllm_power.server import gpus
+from vllm_power.server.counts import held, token_pairs, tokens_read
+from vllm_power.server.question import Question
 
 FULL = preset("full")
 
@@ -28,127 +23,6 @@ DECODE_STEP_SECONDS = 1.1e-3
 # Of a GPU's memory: what vLLM takes (its default), and what it keeps back for activations and CUDA graphs.
 MEMORY_SHARE = 0.92
 WORKING_GIB = 2.0
-
-
-class Question(Shape):
-    """A model, a workload and a GPU. Any field of the shape beats the one of the preset ``model``.
-
-    context: tokens of a prompt. output: tokens of its answer. concurrency: requests at a time. weight_bytes, kv_bytes:
-    of one number. gpus: how many share the model (tensor parallelism). chunk: most tokens of a step
-    (``--max-num-batched-tokens``). The pattern's fields are those of the options; left out, the paper's values.
-    """
-
-    model: str | None = None
-    context: int = Field(131_072, ge=1, le=MAX_TOKENS // 2)
-    output: int = Field(1_024, ge=1, le=MAX_TOKENS // 2)
-    concurrency: int = Field(8, ge=1, le=65_536)
-    weight_bytes: float = Field(2, gt=0, le=4)
-    kv_bytes: float = Field(2, gt=0, le=4)
-    gpu: str = "H200 SXM"
-    gpus: int = Field(1, ge=1, le=1024)
-    chunk: int = Field(8_192, ge=1, le=1 << 20)
-    pattern: Literal["power", "sliding_window", "stride_slash", "dilated", "longnet", "full"] = "power"
-    block_size: int | None = None
-    sink_blocks: int | None = None
-    window_blocks: int | None = None
-    stride: int | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_preset(cls, values: Any) -> Any:
-        if not isinstance(values, Mapping):
-            return values
-        known = shapes.known()
-        if values.get("model") is None:
-            missing = [
-                name
-                for name, field in Shape.model_fields.items()
-                if field.is_required() and name not in values
-            ]
-            if missing:
-                raise ValueError(f"name a model ({', '.join(known)}) or give its {', '.join(missing)}")
-            return values
-        if values["model"] not in known:
-            raise ValueError(f"unknown model {values['model']!r}: one of {', '.join(known)}")
-        return {**known[values["model"]].model_dump(), **values}
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.gpu not in gpus.known():
-            raise ValueError(f"unknown GPU {self.gpu!r}: one of {', '.join(gpus.known())}")
-        if self.heads % self.kv_heads:
-            raise ValueError(f"kv_heads ({self.kv_heads}) must divide heads ({self.heads})")
-        if self.experts_per_token > self.experts:
-            raise ValueError(f"a token cannot use {self.experts_per_token} of {self.experts} experts")
-        if self.pattern_layers < 0:
-            raise ValueError(
-                f"{self.dense_layers} dense layers and {self.window_layers} with a window are more than the "
-                f"{self.layers} layers of the model"
-            )
-        _ = self.effective_pattern
-        return self
-
-    @property
-    def effective_pattern(self) -> Pattern:
-        """The pattern asked for. Raises ValueError where a number is out of range or it would take too long."""
-        names = ("block_size", "sink_blocks", "window_blocks", "stride")
-        fields = {name: value for name in names if (value := getattr(self, name)) is not None}
-        try:
-            return Drawing(name=self.pattern, tokens=self.context + self.output, **fields).pattern
-        except ValidationError as error:
-            problems = [problem["msg"].removeprefix("Value error, ") for problem in error.errors()]
-            raise ValueError("; ".join(problems)) from None
-
-    @property
-    def pattern_layers(self) -> int:
-        """Layers that run the pattern."""
-        return self.layers - self.dense_layers - self.window_layers
-
-
-# --- what the pattern says --------------------------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=256)
-def token_pairs(pattern: Pattern, tokens: int) -> int:
-    """(query token, key token) pairs that a prompt of ``tokens`` tokens computes. Exact."""
-    size = pattern.block_size
-    whole, rest = divmod(tokens, size)
-    # Every visible block counts whole, but a token's own block up to the token.
-    pairs = (pattern.visible_pairs(whole * size) - whole) * size * size + whole * size * (size + 1) // 2
-    if rest:
-        pairs += (len(pattern.visible_blocks(whole)) - 1) * size * rest + rest * (rest + 1) // 2
-    return pairs
-
-
-def tokens_read(pattern: Pattern, position: int) -> int:
-    """Tokens that the query at ``position`` (from 0) sees, itself included. Exact."""
-    block, offset = divmod(position, pattern.block_size)
-    return (len(pattern.visible_blocks(block)) - 1) * pattern.block_size + offset + 1
-
-
-@dataclass(frozen=True)
-class Held:
-    """Blocks of KV memory that a request holds in one layer: all, at its peak, and at most while it decodes."""
-
-    dense: int
-    peak: int
-    decode: int
-
-
-def held(pattern: Pattern, prompt: int, output: int, chunk: int) -> Held:
-    """What a request of ``prompt`` tokens with ``output`` to come holds. Exact, as ``kv_cache.py`` gives it back.
-
-    A step's blocks are freed when it is through, so up to one chunk comes on top of the live ones during prefill.
-    """
-    size = pattern.block_size
-    lives = lifetimes(pattern, max(prompt + output - 2, 0) // size)  # the last token sampled is no query
-    dense = lives.last + 1
-    in_flight = 1 + -(-min(chunk, prompt) // size)
-    first_decode = min(prompt // size, lives.last)
-    return Held(dense, min(dense, lives.peak_from[0] + in_flight), lives.peak_from[first_decode])
-
-
-# --- what it costs ----------------------------------------------------------------------------------------------------
 
 
 def estimate(ask: Question) -> dict[str, Any]:
@@ -189,19 +63,9 @@ def _prefill(ask: Question, pattern: Pattern) -> dict[str, Any]:
     # Norms and residuals, projections to and from attention, the feed-forward network's inner values: read or written.
     between = 2 * ask.context * ask.layers * (8 * ask.hidden_size + 2 * projected + 3 * network)
     steps = -(-ask.context // ask.chunk)
-    gpu = _gpu(ask)
-    base = (
-        FIRST_TOKEN_SECONDS
-        + (
-            max(linear / (gpu.tflops * 1e12), steps * _weights_read(ask, ask.chunk) / (gpu.tb_per_s * 1e12))
-            + between / (gpu.tb_per_s * 1e12)
-        )
-        / ask.gpus
-    )
-    seconds = {
-        name: base + flops / (gpu.tflops * 1e12 * ATTENTION_SHARE) / ask.gpus
-        for name, flops in attention.items()
-    }
+    weights = steps * _weights_read(ask, min(ask.chunk, ask.context))
+    base = FIRST_TOKEN_SECONDS + max(_compute(ask, linear), _stream(ask, weights)) + _stream(ask, between)
+    seconds = {name: base + _compute(ask, flops) / ATTENTION_SHARE for name, flops in attention.items()}
     return {
         "linear_flops": linear,
         "attention_flops": attention,
@@ -230,12 +94,8 @@ def _decode(ask: Question, pattern: Pattern, batch: int) -> dict[str, Any]:
     weights = _weights_read(ask, batch)
     keys = {name: batch * count * _token_bytes(ask) for name, count in tokens.items()}
     flops = 2 * batch * (ask.active_parameters + ask.vocab_size * ask.hidden_size)
-    gpu = _gpu(ask)
-    base = max(weights / (gpu.tb_per_s * 1e12), flops / (gpu.tflops * 1e12)) / ask.gpus
-    seconds = {
-        name: DECODE_STEP_SECONDS + base + count / (gpu.tb_per_s * 1e12) / ask.gpus
-        for name, count in keys.items()
-    }
+    base = DECODE_STEP_SECONDS + max(_stream(ask, weights), _compute(ask, flops))
+    seconds = {name: base + _stream(ask, count) for name, count in keys.items()}
     return {"weight_bytes": weights, "kv_bytes": keys, "seconds": seconds, "ratio": _ratio(seconds)}
 
 
@@ -268,8 +128,8 @@ def _workload_seconds(ask: Question, pattern: Pattern, name: str, fits: int) -> 
         return None
     turns, rest = divmod(ask.concurrency, fits)
     seconds: float = ask.concurrency * _prefill(ask, pattern)["seconds"][name]
-    for batch, times in ((min(fits, ask.concurrency), turns), (rest, 1)):
-        if batch and times:
+    for batch, times in ((fits, turns), (rest, 1)):
+        if batch:
             seconds += times * (ask.output - 1) * _decode(ask, pattern, batch)["seconds"][name]
     return seconds
 
@@ -282,6 +142,16 @@ def _over_layers(ask: Question, count: tuple[int, int]) -> int:
 def _token_bytes(ask: Question) -> float:
     """Bytes of a token's key and value in one layer. More GPUs than KV heads hold copies."""
     return 2 * max(ask.kv_heads, ask.gpus) * ask.head_size * ask.kv_bytes
+
+
+def _compute(ask: Question, flops: float) -> float:
+    """Seconds that all GPUs together need for matrix products."""
+    return flops / (_gpu(ask).tflops * 1e12) / ask.gpus
+
+
+def _stream(ask: Question, count: float) -> float:
+    """Seconds in which all GPUs together read or write so many bytes."""
+    return count / (_gpu(ask).tb_per_s * 1e12) / ask.gpus
 
 
 def _weights_read(ask: Question, tokens: int) -> float:

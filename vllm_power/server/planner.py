@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from fastapi import APIRouter, Body, HTTPException, Query, Request
 
 from vllm_power.server import gpus, shapes
-from vllm_power.server.estimate import Question, estimate
+from vllm_power.server.estimate import estimate
+from vllm_power.server.question import Question
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -27,6 +27,8 @@ export function prefixed(value, unit) {
   return `${short(value / 1e3 ** step)} ${["", "k", "M", "G", "T", "P", "E"][step]}${unit}`;
 }
 
+const ENDS = 12; // parts of a long list that are shown at each of its ends
+
 /** Ascending numbers with runs drawn together: 0, 31, 59–63. */
 export function runs(numbers) {
   const parts = [];
@@ -38,5 +40,6 @@ export function runs(numbers) {
     else parts.push(`${from}–${count(numbers[end])}`);
     i = end + 1;
   }
+  if (parts.length > 2 * ENDS) parts.splice(ENDS, parts.length - 2 * ENDS, "…");
   return parts.join(", ");
 }
