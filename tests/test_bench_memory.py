@@ -96,8 +96,8 @@ class Engine:
 )
 def test_what_throughput_counts(monkeypatch, seconds, finished, answered, mean):
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(memory_throughput.time, "perf_counter", lambda: clock.now)
-    served = memory_throughput.serve(Engine(clock, 3), seconds, "test")
+    monkeypatch.setattr(memory_throughput, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    served = memory_throughput.serve(Engine(clock, 3), 0.0, seconds, "test")
     assert served["finished"] == finished
     assert served["answered_tokens"] == answered
     assert served["answering"] == 3

@@ -30,8 +30,9 @@ def measure(
         add_requests(vllm, 1, CHUNK, 8)  # what a first request takes beyond others does not count
         while vllm.has_unfinished_requests():
             vllm.step()
+        begin = time.perf_counter()  # vLLM works on the first while the others are handed over
         add_requests(vllm, requests, context, output)
-        served = serve(vllm, seconds, f"{impl}, {requests} requests")
+        served = serve(vllm, begin, seconds, f"{impl}, {requests} requests")
         cache = vllm.vllm_config.cache_config
         yield {
             "bench": "throughput",
@@ -50,13 +51,13 @@ def measure(
         }
 
 
-def serve(vllm: Any, seconds: float, name: str) -> dict[str, Any]:
-    """Step the engine until all is served or ``seconds`` are over; tells the progress.
+def serve(vllm: Any, begin: float, seconds: float, name: str) -> dict[str, Any]:
+    """Step the engine until all is served or ``seconds`` are over since ``begin``; tells the progress.
 
     answering: requests with at least one token. most_decoding, mean_decoding: sequences that got a token in the same
     step, at most and over time.
     """
-    begin = last = told = time.perf_counter()
+    last = told = begin
     answering: set[str] = set()
     answered_tokens = finished = most = 0
     area = 0.0
