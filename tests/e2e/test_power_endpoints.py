@@ -1,8 +1,7 @@
 """GET /power, its JSON and the metrics on a real server: what is guarded, what is said, and that it counts right."""
 
-import json
 import re
-from typing import Any
+import time
 
 import openai
 import pytest
@@ -13,6 +12,7 @@ from vllm_power.demo.server import Server
 from vllm_power.pattern import POWER
 
 PAGE_SIZE = 128  # vLLM's on a CPU
+PAGES = POWER.block_size // PAGE_SIZE
 JSON_ROUTES = ("/v1/power/info", "/v1/power/live", "/v1/power/pattern?tokens=4096")
 
 
@@ -78,7 +78,7 @@ def by_the_pattern(prompt: int, output: int) -> dict[str, int]:
         "tokens": prompt + output - 1,
         "blocks_read": read,
         "blocks_skipped": sum(q + 1 for q in queries) - read,
-        "kv_blocks_reclaimed": len(dead) * size // PAGE_SIZE,
+        "kv_blocks_reclaimed": len(dead) * PAGES,
         "steps": len(steps),
     }
 
@@ -110,21 +110,25 @@ def test_metrics_say_the_same(server: Server) -> None:
     assert metrics["vllm_power_info"] == metrics["vllm_power_counting"] == 1
 
 
-def test_what_runs_is_live(server: Server, client: openai.OpenAI, name: str) -> None:
+@pytest.mark.parametrize("end", ["finished", "hung up"])
+def test_what_runs_is_live(server: Server, client: openai.OpenAI, name: str, end: str) -> None:
     stream = client.completions.create(
         model=name,
         prompt=random_tokens(3000, seed=78),
-        max_tokens=600,
+        max_tokens=600 if end == "finished" else MAX_MODEL_LEN - 3000,
         stream=True,
         extra_body={"ignore_eos": True},
     )
     next(stream)
-    during: Any = get_json(server, "/v1/power/live")
+    during = get_json(server, "/v1/power/live")
     assert during["sequences_running"] == 1
-    # Of 12 blocks or more some are given back: fewer are held than there are, and more than the window.
-    assert 6 * 2 <= during["kv_blocks_live"] <= 15 * 2
-    for _ in stream:
-        pass
-    # vLLM's usage is 0 once the request is gone, and the figures follow in the same step.
-    after = json.loads(get(server, "/v1/power/live")[1])
+    assert 6 * PAGES <= during["kv_blocks_live"] <= 15 * PAGES
+    if end == "finished":
+        for _ in stream:
+            pass
+    stream.close()
+    deadline = time.monotonic() + 30
+    while (after := get_json(server, "/v1/power/live"))["sequences_running"] and time.monotonic() < deadline:
+        time.sleep(0.1)
     assert (after["sequences_running"], after["kv_blocks_live"]) == (0, 0)
+    assert after["tokens"] - during["tokens"] < MAX_MODEL_LEN - 3000

@@ -34,6 +34,13 @@ def run(alone: SchedulerAlone, requests: int) -> Iterator[Any]:
         yield scheduled[-1]
 
 
+def held(alone: SchedulerAlone) -> int:
+    """The pages in some request's table, those of a shared prefix once."""
+    (manager,) = alone.vllm.kv_cache_manager.coordinator.single_type_managers
+    tables = manager.req_to_blocks.values()
+    return len({page.block_id for table in tables for page in table if not page.is_null})
+
+
 def by_the_definition(step: Any, pattern: Pattern) -> tuple[int, int, int]:
     """Tokens of a step, key blocks that its query blocks read and skip: token by token and pair by pair."""
     starts = dict(
@@ -76,7 +83,7 @@ def test_every_step_counts(
         run_steps += some > 0
         shown = figures()
         assert shown["sequences_running"] == len(alone.vllm.running)
-        assert shown["kv_blocks_live"] == alone.held_pages
+        assert shown["kv_blocks_live"] == held(alone)
     assert (shown["tokens_total"], shown["blocks_read_total"], shown["blocks_skipped_total"]) == (
         tokens,
         read,
@@ -142,6 +149,16 @@ def test_workers_that_are_not_heard(
     shown = figures()
     assert shown["tokens_total"] == 100
     assert not any(name.startswith(("layer_executions", "layers.")) for name in shown)
+
+
+def test_reclamation_is_on_where_a_cache_reclaims(engine: Callable[..., SchedulerAlone]) -> None:
+    """Not where the workers only say so."""
+    told = []
+    for options in ({}, {"reclaim": False}):
+        engine(500, options, **SETTINGS)
+        told.append(board.notes("engine-")["engine-0"]["reclamation"])
+    assert told[0] == "on"
+    assert "no layer has" in told[1]
 
 
 def test_a_schedulers_class_is_wrapped_once(engine: Callable[..., SchedulerAlone]) -> None:

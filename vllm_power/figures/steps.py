@@ -128,7 +128,10 @@ class StepCounter:
             reclamation="on" if self.managers else "off",
         ).set(1)
         found["max_model_len"] = vllm_config.model_config.max_model_len
-        found["reclamation"] = "on" if self.managers else found["reclamation"]
+        if self.managers:
+            found["reclamation"] = "on"
+        elif found["reclamation"] == "on":  # what the configuration allows; the cache has the last word
+            found["reclamation"] = "no layer has a KV cache of the kind that gives blocks back"
         board.post(f"engine-{self.engine}", found)
 
     def _value(self, figure: Figure, **labels: str) -> writer.Value:

@@ -19,6 +19,7 @@ class Engine:
 
     def __init__(self, vllm_config: "VllmConfig") -> None:
         self.vllm_config = vllm_config
+        self.heard: dict[str, Any] | None = None  # from an engine; all engines of a server are alike
 
     def info(self) -> dict[str, Any]:
         """Fields that only the engine knows are null where it can't be heard; ``note`` says why."""
@@ -26,8 +27,7 @@ class Engine:
         model = self.vllm_config.model_config
         pattern = describe(asked.effective_pattern)
         given = asked.model_dump()
-        # All engines of a server are alike.
-        heard = next(iter(board.notes("engine-").values()), None)
+        heard = self.heard = self.heard or next(iter(board.notes("engine-").values()), None)
         layers = heard and heard["layers"]
         return {
             "model": str(model.served_model_name),
