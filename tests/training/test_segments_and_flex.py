@@ -10,7 +10,7 @@ from vllm_power.kernels.reference import attention, visibility_mask
 
 from vllm_power.pattern import POWER, Pattern, preset
 from vllm_power.training import flex, segments
-from vllm_power.training.masks import aligned, block_mask
+from vllm_power.training.masks import LARGEST_TILE, aligned, block_mask
 
 SMALL = preset("power", block_size=32, window_blocks=2)
 PATTERNS = [
@@ -26,6 +26,7 @@ LAYOUTS = {
     "padded-left": (((37, 400),), 400),
     "padded-right": (((0, 351),), 400),
     "packed": (((0, 200), (200, 201), (201, 390)), 400),
+    "packed-aligned": (((0, 128), (128, 384), (384, 400)), 400),
     "cached": (((0, 400),), 90),
     "cached-padded": (((37, 400),), 300),
     "decode": (((5, 400),), 1),
@@ -138,6 +139,17 @@ def test_compiled_kernel_reads_the_lists() -> None:
 def test_a_long_text_lists_the_patterns_blocks() -> None:
     """As many as the pattern sees, and no more memory than some numbers for each pair of blocks."""
     tokens = 131_072
-    mask = block_mask(POWER, tokens, torch.device("cpu"))
-    assert int(mask.kv_num_blocks.sum()) == POWER.num_blocks(tokens)
-    assert int((mask.kv_num_blocks + mask.full_kv_num_blocks).sum()) == POWER.visible_pairs(tokens)
+    mask = block_mask(POWER, ((0, tokens),), torch.device("cpu"))
+    per_block = POWER.block_size // LARGEST_TILE
+    earlier = POWER.visible_pairs(tokens) - POWER.num_blocks(tokens)
+    own = per_block * (per_block + 1) // 2 * POWER.num_blocks(tokens)
+    assert int((mask.kv_num_blocks + mask.full_kv_num_blocks).sum()) == earlier * per_block**2 + own
+    assert int(mask.kv_num_blocks.sum()) == tokens // LARGEST_TILE
+    assert mask.kv_indices.numel() == (tokens // LARGEST_TILE) ** 2
+
+
+def test_texts_that_are_aligned_do_not_move() -> None:
+    texts = ((0, 384), (384, 512), (512, 700))
+    assert aligned(SMALL, texts, 700, 700, torch.device("cpu")).moves is None
+    for others in (((0, 384), (384, 500), (500, 700)), ((0, 384), (512, 700)), ((128, 700),), ((0, 640),)):
+        assert aligned(SMALL, others, 700, 700, torch.device("cpu")).moves is not None

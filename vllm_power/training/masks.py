@@ -1,7 +1,7 @@
 """The pattern as FlexAttention's block mask, made from the pattern's blocks: nothing is as large as queries times keys.
 
 FlexAttention counts blocks from the start of what it is given, the pattern from the start of each text. So texts are
-**aligned** first: each is moved to begin at a multiple of the mask's block. One text that begins the row needs no move.
+**aligned** first: each is moved to begin at a multiple of the mask's block, unless all do already.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from vllm_power.pattern import Pattern
 from vllm_power.training.documents import Row
 
-# FlexAttention's kernels take tiles of up to this many tokens, which must divide the mask's block.
+# Tokens in a block of the mask. FlexAttention's kernels take tiles of up to as many, which must divide it.
 LARGEST_TILE = 128
 
 
@@ -44,80 +44,101 @@ def aligned(
     pattern: Pattern, documents: Row, num_queries: int, num_keys: int, device: torch.device
 ) -> Aligned:
     """The texts of one row whose last ``num_queries`` tokens, of ``num_keys``, are new, one of them real."""
-    if documents == ((0, num_keys),) and num_queries == num_keys:
-        return Aligned(block_mask(pattern, num_keys, device), None)
-    step = max(pattern.block_size, LARGEST_TILE)
+    if num_queries == num_keys and _in_place(documents, num_keys):
+        return Aligned(block_mask(pattern, documents, device), None)
     first_query = num_keys - num_queries
-    keys, queries, places, where, blocks = [], [], [], [], []
+    keys, queries, places, where, texts = [], [], [], [], []
     key_place = query_place = 0
     for start, end in documents:
         length, first = end - start, max(0, first_query - start)
-        room = -(-length // step) * step
+        room = _whole_tiles(length)
         if first < length:
-            begin = first // step * step
+            begin = first // LARGEST_TILE * LARGEST_TILE
             positions = torch.arange(begin, room).clamp(first, length - 1)
             queries.append(positions + start - first_query)
             places.append(torch.arange(first, length) - begin + query_place)
             where.append(torch.arange(first, length) + start - first_query)
-            blocks.append(
-                (key_place // pattern.block_size, begin // pattern.block_size, room // pattern.block_size)
-            )
+            texts.append((key_place, begin, room))
             query_place += room - begin
         keys.append(torch.arange(room).clamp(max=length - 1) + start)
         key_place += room
     return Aligned(
-        _block_mask(pattern, blocks, (query_place, key_place), device),
+        _block_mask(pattern, texts, (query_place, key_place), device),
         Moves(*(torch.cat(indices).to(device) for indices in (keys, queries, places, where))),
     )
 
 
 @lru_cache(maxsize=2)
-def block_mask(pattern: Pattern, num_tokens: int, device: torch.device) -> BlockMask:
-    """The mask of one whole text of ``num_tokens`` tokens, for any number of rows and heads."""
-    return _block_mask(pattern, [(0, 0, pattern.num_blocks(num_tokens))], (num_tokens, num_tokens), device)
+def block_mask(pattern: Pattern, documents: Row, device: torch.device) -> BlockMask:
+    """The mask of whole texts, one after the other, each at the beginning of a tile; for any rows and heads."""
+    num_tokens = documents[-1][1]
+    texts = [(start, 0, end - start) for start, end in documents]
+    return _block_mask(pattern, texts, (num_tokens, num_tokens), device)
+
+
+def _in_place(documents: Row, num_tokens: int) -> bool:
+    """Whether the texts fill the row, each at the beginning of a tile."""
+    starts, ends = zip(*documents, strict=True)
+    return (0, *ends) == (*starts, num_tokens) and all(start % LARGEST_TILE == 0 for start in starts)
 
 
 def _block_mask(
-    pattern: Pattern, blocks: list[tuple[int, int, int]], lengths: tuple[int, int], device: torch.device
+    pattern: Pattern, texts: list[tuple[int, int, int]], lengths: tuple[int, int], device: torch.device
 ) -> BlockMask:
-    """blocks: of each text, where its first key block stands, its first query block and its number of blocks.
+    """The mask in blocks of one tile, whatever the pattern's: kernels that were compiled for one pattern serve all.
 
-    lengths: of queries and keys.
+    texts: of each text, the place of its first key, its first query as a position in the text, both at the beginning of
+    a tile, and its length. lengths: of queries and keys.
     """
-    size = pattern.block_size
-    step = max(size, LARGEST_TILE)
-    fine = [-(-length // step) * step // size for length in lengths]
+    unit = min(pattern.block_size, LARGEST_TILE)
+    units = [_whole_tiles(length) // unit for length in lengths]
     own: list[int] = []
     rows: list[int] = []
     columns: list[int] = []
-    for place, first, count in blocks:
-        for block in range(first, count):
-            seen = pattern.visible_blocks(block)
+    for place, first, length in texts:
+        for number in range(first // unit, _whole_tiles(length) // unit):
+            seen = _visible_units(pattern, number, unit)
             rows += [len(own)] * len(seen)
-            columns += [place + visible for visible in seen]
-            own.append(place + block)
-    own += own[-1:] * (fine[0] - len(own))
+            columns += [place // unit + visible for visible in seen]
+            own.append(place // unit + number)
 
-    # What each of the pattern's query blocks sees, and which key block is its own.
-    sees = torch.zeros(*fine, dtype=torch.bool, device=device)
+    # What each unit of queries sees, and which unit of keys is its own.
+    sees = torch.zeros(*units, dtype=torch.bool, device=device)
     sees[rows, columns] = True
-    own_block = torch.tensor(own, device=device)
+    own_unit = torch.tensor(own, device=device)
 
     def visible(
         batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor
     ) -> torch.Tensor:
-        row = query // size
-        return sees[row, key // size] & (key <= own_block[row] * size + query % size)
+        row = query // unit
+        return sees[row, key // unit] & (key <= own_unit[row] * unit + query % unit)
 
     # A block of the mask is whole where every pair in it is seen and lies before the diagonal.
-    parts = step // size
+    parts = LARGEST_TILE // unit
     grouped = sees.unflatten(0, (-1, parts)).unflatten(2, (-1, parts))
-    before = torch.arange(fine[1] // parts, device=device) < (own_block[::parts] // parts)[:, None]
+    before = torch.arange(units[1] // parts, device=device) < (own_unit[::parts] // parts)[:, None]
     whole = grouped.all(3).all(1) & before
     partial = grouped.any(3).any(1) & ~whole
     return BlockMask.from_kv_blocks(
-        *_listed(partial), *_listed(whole), BLOCK_SIZE=step, mask_mod=visible, seq_lengths=lengths
+        *_listed(partial), *_listed(whole), BLOCK_SIZE=LARGEST_TILE, mask_mod=visible, seq_lengths=lengths
     )
+
+
+def _whole_tiles(tokens: int) -> int:
+    """``tokens``, rounded up to whole tiles."""
+    return -(-tokens // LARGEST_TILE) * LARGEST_TILE
+
+
+def _visible_units(pattern: Pattern, number: int, unit: int) -> list[int]:
+    """The units, up to its own, that a unit of queries sees; a block of the pattern is a whole number of units."""
+    per_block = pattern.block_size // unit
+    blocks = pattern.visible_blocks(number // per_block)
+    return [
+        seen
+        for block in blocks
+        for seen in range(block * per_block, (block + 1) * per_block)
+        if seen <= number
+    ]
 
 
 def _listed(pairs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
