@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from vllm_power.bench import results
-from vllm_power.bench.engine import QWEN2_7B, Row, run_apart, say
+from vllm_power.bench.engine import QWEN2_7B, run_apart, say
+from vllm_power.bench.results import Row
 from vllm_power.pattern import POWER
 
 PARTS = ("live", "concurrency", "scheduler", "throughput")

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 
 from vllm.config import VllmConfig
 
-from vllm_power.bench.engine import CHUNK, IMPLS, Row, answer
+from vllm_power.bench.engine import CHUNK, IMPLS, answer
+from vllm_power.bench.results import Row
 from vllm_power.bench.scheduler_alone import PAGE, SchedulerAlone, configuration
 
 MOST = 1024  # sequences that may run

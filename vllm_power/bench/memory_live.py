@@ -4,7 +4,8 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from vllm_power.bench.engine import QWEN2_7B, TINY, Row, add_requests, answer, engine
+from vllm_power.bench.engine import QWEN2_7B, TINY, add_requests, answer, engine
+from vllm_power.bench.results import Row
 from vllm_power.pattern import POWER
 
 CHUNK = 2_048  # small, so that what is in work hides little of the curve

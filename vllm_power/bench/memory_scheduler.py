@@ -7,7 +7,8 @@ import gc
 import statistics
 from collections.abc import Iterator
 
-from vllm_power.bench.engine import CHUNK, IMPLS, Row, answer
+from vllm_power.bench.engine import CHUNK, IMPLS, answer
+from vllm_power.bench.results import Row
 from vllm_power.bench.scheduler_alone import PAGE, SchedulerAlone, configuration
 
 LONG = 16 * CHUNK  # the prompt in prefill beside the sequences in decode

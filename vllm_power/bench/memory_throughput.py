@@ -4,7 +4,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from vllm_power.bench.engine import CHUNK, QWEN2_7B, Row, add_requests, answer, engine, say
+from vllm_power.bench.engine import CHUNK, QWEN2_7B, add_requests, answer, engine, say
+from vllm_power.bench.results import Row
 
 TELL_EVERY = 10  # seconds
 
