@@ -51,7 +51,9 @@ CURRICULUM = (
 class Settings:
     """All that decides the outcome. tokens: of one step; minutes and steps: whichever ends first ends the training.
 
-    muon_lr: for the matrices of the layers; lr: AdamW's, for everything else; probe: the weight of the probe's loss.
+    muon_lr, weight_decay: for the matrices of the layers, which Muon moves as far at a loss near 0 as before; without
+    decay they would wander off. lr: AdamW's, for everything else. decay: over this last share of the training the rates
+    fall to nothing. probe: the weight of the probe's loss.
     """
 
     pattern: str = "power"
@@ -68,8 +70,9 @@ class Settings:
     rope_theta: float = 1e7
     lr: float = 3e-3
     muon_lr: float = 0.02
+    weight_decay: float = 0.1
     warmup_steps: int = 50
-    decay: float = 0.25
+    decay: float = 0.4
     probe: float = 1.0
     seed: int = 0
 
@@ -85,8 +88,9 @@ class Settings:
 TOY = Settings(
     block_size=32,
     curriculum=(Stage(0.7, (4,), shrink=2), Stage(1.0, (8,), shrink=2)),
-    steps=240,
+    steps=300,
     tokens=2_048,
+    decay=0.25,
     width=64,
     layers=3,
     heads=2,
@@ -148,7 +152,7 @@ class Trainer:
         inside = {id(weight) for weight in matrices}
         rest = [weight for weight in self.parameters if id(weight) not in inside]
         self.optimizers = {
-            "muon": torch.optim.Muon(matrices, lr=settings.muon_lr, weight_decay=0.0),
+            "muon": torch.optim.Muon(matrices, lr=settings.muon_lr, weight_decay=settings.weight_decay),
             "adamw": torch.optim.AdamW(
                 rest, lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=device.type == "cuda"
             ),
