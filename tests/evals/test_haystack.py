@@ -16,8 +16,8 @@ def frame(text: str) -> str:
 def test_length_and_depth(tokenizer, text_file, tokens, depth):
     haystack = Haystack(text_file.read_text(), tokenizer)
     prompt = haystack.hide("NEEDLE 12345.", frame, tokens, depth, start=7)
+    assert tokens - 25 <= haystack.count(prompt) <= tokens
     longest = max(haystack.tokens)
-    assert tokens - longest <= haystack.count(prompt) <= tokens
     before, after = prompt.split("NEEDLE 12345.")
     share = haystack.count(before) / (haystack.count(before) + haystack.count(after))
     assert share == pytest.approx(depth, abs=(longest + 20) / tokens)

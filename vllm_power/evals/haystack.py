@@ -39,24 +39,29 @@ class Haystack:
                 f"a prompt of {tokens} tokens has no room for its question: take longer --lengths"
             )
         while True:
-            chosen = self._take(room, start)
-            ends = list(accumulate(self.tokens[piece] for piece in chosen))
+            pieces, sizes = self._take(room, start)
+            ends = list(accumulate(sizes))
             before = bisect_right(ends, depth * ends[-1]) if ends else 0
-            words = [self.pieces[piece] for piece in chosen]
-            prompt = frame(" ".join([*words[:before], needle, *words[before:]]))
+            prompt = frame(" ".join([*pieces[:before], needle, *pieces[before:]]))
             over = self.count(prompt) - tokens
-            if over <= 0 or not chosen:
+            if over <= 0 or not pieces:
                 return prompt
             room -= over
 
-    def _take(self, room: int, start: int) -> list[int]:
-        """The numbers of the pieces from ``start`` on that fit into ``room`` tokens."""
-        chosen: list[int] = []
-        piece = start % len(self.pieces)
-        while (room := room - self.tokens[piece]) >= 0:
-            chosen.append(piece)
-            piece = (piece + 1) % len(self.pieces)
-        return chosen
+    def _take(self, room: int, start: int) -> tuple[list[str], list[int]]:
+        """The pieces from ``start`` on that fit into ``room`` tokens, the last one cut, and the tokens of each."""
+        pieces, sizes = [], []
+        at = start % len(self.pieces)
+        while (size := self.tokens[at]) <= room:
+            pieces.append(self.pieces[at])
+            sizes.append(size)
+            room -= size
+            at = (at + 1) % len(self.pieces)
+        words = self.pieces[at].split()
+        if some := words[: max(0, len(words) * room // size)]:
+            pieces.append(" ".join(some))
+            sizes.append(room)
+        return pieces, sizes
 
 
 def _short(sentence: str) -> list[str]:

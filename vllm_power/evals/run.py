@@ -151,7 +151,7 @@ def all_items(settings: Settings, model: Model, folder: Path) -> Iterator[Item]:
     if settings.tasks == ("passkey",) and settings.prompts == "tokens":
         yield from token_passkey.items(settings)  # needs no tokenizer
         return
-    tokenizer = load(settings.tokenizer, model)
+    tokenizer = load(settings.tokenizer or model.root or model.name)
     room = chat_tokens(tokenizer) if settings.chat else 0
     by_tokens = settings.prompts == "tokens" or (
         settings.prompts == "auto" and not settings.chat and token_passkey.is_spoken_by(tokenizer)
@@ -169,7 +169,7 @@ def all_items(settings: Settings, model: Model, folder: Path) -> Iterator[Item]:
 
 def dense_items(settings: Settings, model: Model, folder: Path) -> Iterator[Item]:
     """The windows of the agreement, for the dense model."""
-    tokenizer = load(settings.tokenizer, model)
+    tokenizer = load(settings.tokenizer or model.root or model.name)
     return logprobs.items("agreement_dense", windows(settings, tokenizer), settings, folder)
 
 

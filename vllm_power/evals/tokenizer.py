@@ -3,17 +3,15 @@
 import sys
 from typing import Any
 
-from vllm_power.evals.endpoint import Model
 from vllm_power.evals.settings import EvalError
 
 CHAT_TOKENS = 64  # room for a chat template that is not known here
 
 
-def load(name: str | None, model: Model) -> Any:
-    """transformers' tokenizer: the one named, else the one beside the weights that the endpoint names."""
+def load(source: str) -> Any:
+    """transformers' tokenizer in a folder or of a name."""
     from transformers import AutoTokenizer
 
-    source = name or model.root or model.name
     try:
         # Texts are cut to size here: no warning where one is longer than the model takes.
         return AutoTokenizer.from_pretrained(source, model_max_length=sys.maxsize)
