@@ -104,6 +104,7 @@ def test_preemption(model: Path, worker: Worker, allowed: Allowed) -> None:
     worker.start(
         model,
         enable_prefix_caching=False,
+        block_size=128,
         max_model_len=2048,
         num_gpu_blocks_override=1 + 3 * 15 - 1,
         additional_config={"power": {"reclaim": False}},

@@ -51,7 +51,10 @@ def measure(bench: str, work: Work, peer: Callable[[Work, int], peers.Call]) -> 
         else:
             times = time_calls(calls[0], 0.2)
     except (ImportError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        Console(stderr=True).print(f"{peer.__name__}, {work.context} x {work.batch}: {error!r:.200}")
+        what = f"{peer.__name__}, {work.context} x {work.batch}, page {work.page}"
+        Console(stderr=True).print(
+            f"{what}: {type(error).__name__}: {str(error)[-400:]}"
+        )  # the cause comes last
         return None
     return {
         "bench": bench,
