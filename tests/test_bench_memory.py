@@ -29,7 +29,7 @@ def apart(monkeypatch):
         yield row
 
     monkeypatch.setattr(memory, "run_apart", run_apart)
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(results, "machine", lambda: MACHINE)
     return started
 
 

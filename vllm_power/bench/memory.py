@@ -65,9 +65,8 @@ def main(
     cache_sequences: the cache of the parts concurrency and throughput holds that many whole sequences; 0 leaves
     throughput all the memory that vLLM takes. seconds: the most for each implementation's throughput.
     """
-    import torch
-
-    on_gpu = torch.cuda.is_available()
+    here = results.machine()
+    on_gpu = here["gpu"] is not None
     rows: list[Row] = []
     failures = 0
     for part in parts:
@@ -79,7 +78,7 @@ def main(
             say(f"{part}: {' '.join(map(str, job))}")
             try:
                 for row in run_apart(module, *job):
-                    results.append("memory", [row], folder)
+                    results.append("memory", [row], folder, here)
                     rows.append(row)
             except subprocess.CalledProcessError as failure:
                 say(f"{part} {job[0]}: failed with status {failure.returncode}")

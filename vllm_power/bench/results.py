@@ -38,11 +38,14 @@ def machine() -> dict[str, Any]:
     }
 
 
-def append(name: str, rows: list[dict[str, Any]], folder: Path = FOLDER) -> Path:
-    """Add ``rows``, each with the fields of :func:`machine`, to ``folder``/``name``.jsonl and return that path."""
+def append(name: str, rows: list[Row], folder: Path = FOLDER, here: Row | None = None) -> Path:
+    """Add ``rows`` to ``folder``/``name``.jsonl and return that path.
+
+    Each gets the fields ``here``: those of :func:`machine` at the start, where a run adds rows one after the other.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.jsonl"
-    here = machine()
+    here = here or machine()
     with path.open("a") as file:
         file.writelines(json.dumps({**row, **here}) + "\n" for row in rows)
     return path
