@@ -34,7 +34,7 @@ def run_backend(
         first = 1e3 * _steps(vllm, 1, 512, 1)[0][0]
         yield {"bench": "first_request", "impl": impl, "context": 512, "batch": 1, "n": 1, **_ms([first])}
         for prompt in prompts:
-            times = []
+            times: list[float] = []
             while len(times) < (repeats if prompt <= 32_768 else 3) or (
                 sum(times) < SHORT_MS and len(times) < MOST_REPEATS
             ):
