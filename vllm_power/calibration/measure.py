@@ -107,9 +107,7 @@ class Probe:
     def _distributions(self) -> Iterable[torch.Tensor]:
         """Log-probabilities of the next token, float32 [scored tokens, vocabulary], of each window."""
         for window in self.windows:
-            scored = self._scored.to(self.model.device)
-            logits = self.model(
-                window[None].to(self.model.device), use_cache=False, logits_to_keep=scored
-            ).logits
+            given = window[None].to(self.model.device)
+            logits = self.model(given, use_cache=False, logits_to_keep=self._scored).logits
             self.windows_read()
             yield logits[0].float().log_softmax(-1)
