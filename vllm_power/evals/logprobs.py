@@ -8,6 +8,7 @@ either model lists are compared one by one, and the others as one. A token that 
 at most that list's smallest probability, and is given it: so the divergence is, if anything, too small.
 """
 
+import asyncio
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,7 @@ from vllm_power.evals.items import Item, Result, file_digest
 from vllm_power.evals.settings import EvalError, Settings
 
 PLACES_AT_ONCE = 4096
+LISTS_AT_ONCE = 2
 SMALLEST = 1e-9  # the least that all tokens outside the lists have together
 
 
@@ -56,10 +58,12 @@ class Windows:
 def items(task: str, windows: Windows, settings: Settings, folder: Path) -> Iterator[Item]:
     """The windows as requests; ``task`` is perplexity, agreement or, of the dense model, agreement_dense."""
     top = 0 if task == "perplexity" else settings.top_logprobs
+    # An answer with lists is hundreds of megabytes while it is read.
+    turn = asyncio.Semaphore(LISTS_AT_ONCE)
     for length in settings.lengths:
         for index, tokens in enumerate(windows.of(length)):
             identity = {"tokens": file_digest(np.array(tokens, np.int64).tobytes()), "top": top}
-            ask = partial(_perplexity, tokens) if not top else partial(_listed, tokens, top, folder)
+            ask = partial(_perplexity, tokens) if not top else partial(_listed, tokens, top, folder, turn)
             yield Item(task, length, index, ask, identity=identity)
 
 
@@ -78,8 +82,11 @@ def by_position(logprobs: list[float]) -> list[list[float]]:
     return [[start, len(part), -float(np.sum(part))] for start, part in parts]
 
 
-async def _listed(tokens: list[int], top: int, folder: Path, endpoint: Endpoint) -> Result:
-    places = await endpoint.prompt_logprobs(tokens, top)
+async def _listed(
+    tokens: list[int], top: int, folder: Path, turn: asyncio.Semaphore, endpoint: Endpoint
+) -> Result:
+    async with turn:
+        places = await endpoint.prompt_logprobs(tokens, top)
     # [places, top]: the best tokens, best first. The token that stands there comes apart, as it may not be among them.
     best = [sorted(place.items(), key=lambda entry: -entry[1])[:top] for place in places]
     own = np.array([place[token] for place, token in zip(places, tokens[1:], strict=True)], dtype=np.float32)
