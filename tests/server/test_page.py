@@ -1,9 +1,10 @@
 """The page in a real browser: the drawing, which must be the pattern's, and the planner's form."""
 
 import json
+from pathlib import Path
 
 import pytest
-from browser import CHECKS, Page
+from chromium import Page
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -12,6 +13,8 @@ from vllm_power.lifetimes import lifetimes
 from vllm_power.pattern import POWER
 from vllm_power.server.estimate import estimate
 from vllm_power.server.question import Question
+
+CHECKS = Path(__file__).with_name("page_checks.js").read_text()
 
 # --- the drawing ------------------------------------------------------------------------------------------------------
 

@@ -1,10 +1,13 @@
 """The page in a real browser: everybody can use it. Colours, small screens, the keyboard, assistive technology."""
 
+from pathlib import Path
+
 import pytest
-from browser import CHECKS, Page
+from chromium import Page
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
 
+CHECKS = Path(__file__).with_name("page_checks.js").read_text()
 OPEN_ALL = "document.querySelectorAll('details').forEach((details) => (details.open = true))"
 
 

@@ -2,7 +2,8 @@
 
 import time
 
-from browser import KEY, MARKUP, Engine, Page
+from applications import KEY, MARKUP, Engine
+from chromium import Page
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 

@@ -1,17 +1,11 @@
-"""The page in a browser: what tests do with it, and what serves it beside `make_app`: a guard, a made-up engine."""
+"""What the page is served by in tests, beside `make_app` alone: a guard, answers like vLLM's, a made-up engine."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from selenium.webdriver import Chrome
-from selenium.webdriver.common.by import By
-from selenium.webdriver.common.keys import Keys
-from selenium.webdriver.remote.webelement import WebElement
-from selenium.webdriver.support.wait import WebDriverWait
 
 from vllm_power.pattern import POWER
 from vllm_power.server.drawing import describe
@@ -19,7 +13,6 @@ from vllm_power.server.explore import make_app
 from vllm_power.server.routes import Unavailable
 
 KEY = "the key"
-CHECKS = Path(__file__).with_name("page_checks.js").read_text()
 MARKUP = "<img src=x onerror=alert(1)>"  # of a model's name: must be shown as it is
 
 
@@ -85,41 +78,3 @@ def guarded() -> FastAPI:
         return answer
 
     return app
-
-
-class Page:
-    """The open page."""
-
-    def __init__(self, browser: Chrome) -> None:
-        self.browser = browser
-
-    def open(self, address: str, ready: str = "#plan-rows tr") -> "Page":
-        self.browser.get(address)
-        self.wait(lambda: self.browser.find_elements(By.CSS_SELECTOR, ready))
-        return self
-
-    def wait(self, condition: Callable[[], Any], seconds: float = 30) -> Any:
-        return WebDriverWait(self.browser, seconds, 0.05).until(lambda _: condition())
-
-    def at(self, name: str) -> WebElement:
-        return self.browser.find_element(By.ID, name)
-
-    def text(self, name: str) -> str:
-        return self.at(name).text
-
-    def shows(self, name: str, part: str) -> None:
-        self.wait(lambda: part in self.text(name))
-
-    def run(self, script: str, *arguments: Any) -> Any:
-        return self.browser.execute_script(script, *arguments)
-
-    def type(self, name: str, text: str) -> None:
-        """Into a field, with the keyboard, in place of what is there."""
-        self.at(name).send_keys(Keys.CONTROL + "a")
-        self.at(name).send_keys(text)
-
-    def emulate(self, width: int = 1100, height: int = 900, **media: str) -> None:
-        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
-        features = [{"name": name.replace("_", "-"), "value": value} for name, value in media.items()]
-        self.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-        self.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
