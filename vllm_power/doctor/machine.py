@@ -76,7 +76,7 @@ class Machine:
             listing = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True).stdout
         except (OSError, subprocess.SubprocessError):
             return []
-        rows = [[cell.strip() for cell in line.split(",")] for line in listing.splitlines()]
+        rows = [[cell.strip() for cell in line.rsplit(",", 2)] for line in listing.splitlines()]
         return [
             Gpu(name, driver, (int(capability.split(".")[0]), int(capability.split(".")[1])))
             for name, driver, capability in rows
