@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from oracle import WINDOW, under_oracle
+from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from vllm_power.demo.model import FAMILIES, family_config, make_model
@@ -184,6 +185,21 @@ def test_a_config_is_enough() -> None:
     assert model.config._attn_implementation == "power"
     assert model.config.power_attention["block_size"] == 32
     model(tokens(1, 200))
+
+
+def test_adapters_and_what_is_merged(load: Callable[..., Any], tmp_path: Path) -> None:
+    """A model that PEFT has wrapped follows the pattern, and what is merged and saved says so."""
+    model, inputs = load(), tokens(1, 300)
+    wrapped = get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    use_power(wrapped, OPTIONS)
+    logits = wrapped(inputs, labels=inputs).logits
+    with torch.no_grad(), under_oracle(model, PATTERN, OPTIONS["dense_layers"]):
+        close(logits, wrapped(inputs).logits)
+    wrapped.merge_and_unload().save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["power_attention"] == {
+        "pattern": "power",
+        **OPTIONS,
+    }
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, flex_attention_mask, sdpa_mask
@@ -43,7 +43,7 @@ def register() -> None:
 
 
 def use_power(model_or_config: Any, options: PatternOptions | Mapping[str, Any]) -> None:
-    """Put a transformers model, or the config of one to be made, under the pattern.
+    """Put a transformers model, PEFT's wrapper of one, or the config of one to be made, under the pattern.
 
     options: the server's (README.md, "Options"), or an object of them; {} is the default pattern. They are stored in
     the config as ``power_attention``, so ``save_pretrained`` writes them.
@@ -52,7 +52,7 @@ def use_power(model_or_config: Any, options: PatternOptions | Mapping[str, Any])
     """
     register()
     given = options if isinstance(options, PatternOptions) else PatternOptions.model_validate(options)
-    is_model = isinstance(model_or_config, PreTrainedModel)
+    is_model = isinstance(model_or_config, torch.nn.Module)
     config = model_or_config.config if is_model else model_or_config
     text_config = config.get_text_config()
     if config.is_encoder_decoder:
