@@ -99,12 +99,12 @@ def _plot_live(axes: Any, measured: list[Row]) -> None:
     row = measured[-1]
     lives = lifetimes(POWER, (row["context"] + row["output"] - 2) // POWER.block_size)
     tokens = [q * POWER.block_size for q in range(lives.last + 1)]
-    for impl, label, style in ((OFF, "held, reclamation off", "--"), (ON, "held, on", ".")):
+    for impl, label, style in ((OFF, "held, reclamation off", "--"), (ON, "held, reclamation on", ".")):
         points = next(row["points"] for row in reversed(measured) if row["impl"] == impl)
         axes.plot(*zip(*points, strict=True), style, markersize=3, label=label)
     axes.plot(tokens, lives.live, linewidth=1, label="some later query reads them (computed)")
     axes.set(
-        xlabel="tokens computed",
+        xlabel="tokens computed or in work",
         ylabel=f"blocks of {POWER.block_size} tokens",
         title=f"one request, {row['context']:,} tokens in, {row['output']:,} out, chunks of {row['chunk']:,}",
     )
@@ -119,6 +119,7 @@ def _plot_concurrency(axes: Any, measured: list[Row]) -> None:
         places = [number + shift for number in range(len(contexts))]
         axes.bar_label(axes.bar(places, [values[c] for c in contexts], 0.4, label=label))
     axes.set_xticks(range(len(contexts)), [f"{context:,} tokens in" for context in contexts])
+    axes.margins(y=0.12)
     axes.set(
         ylabel="sequences in decode at once",
         title=f"a cache of {measured[-1]['cache_sequences']} whole sequences, "
