@@ -11,7 +11,7 @@ from shown import STAGE
 from vllm_power import compat
 from vllm_power.bench.engine import IMPLS
 from vllm_power.bench.scheduler_alone import SchedulerAlone, configuration
-from vllm_power.figures import board, writer
+from vllm_power.figures import board, steps, writer
 
 
 @pytest.fixture
@@ -32,6 +32,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Iterator[Callable[..., SchedulerAlone]]:
     """``engine(pages, options, **settings)``: vLLM's scheduler as in an engine with the backend, without a model."""
+    monkeypatch.setattr(steps, "SECONDS", 0)  # figures after every step
     with ExitStack() as stack:
 
         def start(pages: int, options: dict[str, Any] | None = None, **settings: Any) -> SchedulerAlone:

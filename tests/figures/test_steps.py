@@ -111,6 +111,23 @@ def test_what_is_computed_again_counts_again(engine: Callable[..., SchedulerAlon
     assert figures()["tokens_total"] == 600 + 600 - 512
 
 
+def test_figures_wait_while_sequences_run_and_are_exact_after(
+    engine: Callable[..., SchedulerAlone], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = engine(500, **SETTINGS)
+    monkeypatch.setattr(steps, "SECONDS", 3600)
+    alone.add([5] * 100, 20)
+    alone.step()
+    first = figures()
+    assert (first["tokens_total"], first["sequences_running"]) == (100, 1)
+    alone.step()
+    assert figures() == first
+    while alone.vllm.requests:
+        alone.step()
+    last = figures()
+    assert (last["tokens_total"], last["sequences_running"], last["kv_blocks_live"]) == (119, 0, 0)
+
+
 def test_serving_goes_on_when_counting_fails(
     engine: Callable[..., SchedulerAlone], monkeypatch: pytest.MonkeyPatch
 ) -> None:

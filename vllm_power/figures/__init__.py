@@ -8,6 +8,6 @@ prometheus_client's processes share their metrics (``writer``), in a folder that
 children inherit (``board``); at a scrape an API process adds them up (``reader``). With several API servers vLLM has
 such a folder itself: the same files go there, and vLLM's own /metrics reads them.
 
-What that costs: a step some 20 microseconds with 256 decoding sequences. What it can not do: tell about an engine on
+What that costs: some 20 microseconds of a step with 256 decoding sequences. What it can not do: tell about an engine on
 another host; ``engines`` under /v1/power/live says how many are heard.
 """

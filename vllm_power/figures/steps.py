@@ -3,9 +3,11 @@
 A step's new tokens of one request that lie in one query block read that block's visible key blocks: one segment of the
 plan. So a prompt counts as many pairs as its chunks make segments, and a decoding sequence one block's readings a step.
 The lengths are the scheduler's: exact, save that with asynchronous scheduling and speculative decoding they are those
-before rejected drafts are taken back.
+before rejected drafts are taken back. The figures are written once no sequence runs any more, and before that every
+tenth of a second.
 """
 
+import time
 from importlib.metadata import version
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
 
 logger = init_logger("vllm.power")
+
+# How old the figures may get while sequences run: steps of a few milliseconds need not write each time.
+SECONDS = 0.1
 
 
 class CountedScheduler:
@@ -57,9 +62,19 @@ class StepCounter:
         self.visible_before = [0, *accumulate(self.visible)]
 
         self.counting = self._value(names.COUNTING)  # 0 until all is there
-        self.tokens, self.read = self._value(names.TOKENS), self._value(names.BLOCKS_READ)
-        self.skipped, self.running = self._value(names.BLOCKS_SKIPPED), self._value(names.SEQUENCES_RUNNING)
-        self.live, self.reclaimed = self._value(names.KV_BLOCKS_LIVE), self._value(names.KV_BLOCKS_RECLAIMED)
+        self.steps = self.tokens = self.read = self.skipped = 0
+        self.due = 0.0  # when the figures are to be written again
+        self.values = {
+            figure: self._value(figure)
+            for figure in (
+                names.TOKENS,
+                names.BLOCKS_READ,
+                names.BLOCKS_SKIPPED,
+                names.SEQUENCES_RUNNING,
+                names.KV_BLOCKS_LIVE,
+                names.KV_BLOCKS_RECLAIMED,
+            )
+        }
         self._value(names.KV_BLOCKS_CAPACITY).set(self.pool.num_gpu_blocks - 1)  # without the null block
         self._value(names.RECLAMATION_REQUESTED).set(asked.reclaim)
         self._value(names.REFUSALS, reason=names.LOOKS_AHEAD)
@@ -86,14 +101,29 @@ class StepCounter:
     def _count(self, step: "SchedulerOutput") -> None:
         if step.total_num_scheduled_tokens:
             read, causal = self._blocks(step)
-            self.tokens.add(step.total_num_scheduled_tokens)
-            self.read.add(read)
-            self.skipped.add(causal - read)
-            for executions, layers in self.executions:
-                executions.add(layers)
-        self.running.set(len(self.scheduler.running))
-        self.live.set(self.pool.num_gpu_blocks - 1 - self.pool.get_num_free_blocks())
-        self.reclaimed.set(sum(manager.num_reclaimed for manager in self.managers))
+            self.steps += 1
+            self.tokens += step.total_num_scheduled_tokens
+            self.read += read
+            self.skipped += causal - read
+        running, now = len(self.scheduler.running), time.monotonic()
+        if not running or now >= self.due:
+            self.due = now + SECONDS
+            self._write(running)
+
+    def _write(self, running: int) -> None:
+        """Show what was counted so far, and the state after this step."""
+        shown = {
+            names.TOKENS: self.tokens,
+            names.BLOCKS_READ: self.read,
+            names.BLOCKS_SKIPPED: self.skipped,
+            names.SEQUENCES_RUNNING: running,
+            names.KV_BLOCKS_LIVE: self.pool.num_gpu_blocks - 1 - self.pool.get_num_free_blocks(),
+            names.KV_BLOCKS_RECLAIMED: sum(manager.num_reclaimed for manager in self.managers),
+        }
+        for figure, number in shown.items():
+            self.values[figure].set(number)
+        for executions, layers in self.executions:
+            executions.set(self.steps * layers)
 
     def _blocks(self, step: "SchedulerOutput") -> tuple[int, int]:
         """How many key blocks the step's query blocks read, and how many there were up to them."""
