@@ -40,10 +40,13 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def evaluate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """``evaluate(fake, **changes)``: run with small settings; the folder is tmp_path/"out"; returns the exit status."""
+    """``evaluate(fake, **changes)``: run with small settings into tmp_path/"out"; returns the exit status.
+
+    ``dense`` is an endpoint as well; ``target`` and ``dense`` may be targets instead.
+    """
     monkeypatch.setattr(run_module.signal, "signal", lambda *_: None)
 
-    def evaluate(fake: Fake, dense: Fake | None = None, **changes: Any) -> int:
+    def evaluate(fake: Fake | None = None, **changes: Any) -> int:
         settings: dict[str, Any] = {
             "tasks": ("passkey",),
             "lengths": (512, 1024),
@@ -60,8 +63,8 @@ def evaluate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., i
             "tokenizer": None,
         }
         job: dict[str, Any] = {
-            "target": Target(url=fake.url),
-            "dense": Target(url=dense.url) if dense else None,
+            "target": fake,
+            "dense": None,
             "model": None,
             "folder": tmp_path / "out",
             "concurrency": 4,
@@ -72,6 +75,9 @@ def evaluate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., i
         }
         settings |= {name: changes[name] for name in changes if name in settings}
         job |= {name: changes[name] for name in changes if name in job}
+        for name in ("target", "dense"):
+            if isinstance(job[name], Fake):
+                job[name] = Target(url=job[name].url)
         return run(Job(settings=Settings(**settings), **job))
 
     return evaluate

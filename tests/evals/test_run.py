@@ -14,8 +14,7 @@ import pytest
 from fake_endpoint import rows
 
 from vllm_power.evals import endpoint as endpoint_module
-from vllm_power.evals.settings import EvalError, even_depths
-from vllm_power.evals.target import Target, server_arguments
+from vllm_power.evals.settings import even_depths
 
 
 def results(folder: Path) -> dict:
@@ -191,12 +190,12 @@ def test_perplexity_is_that_of_the_logprobs(endpoint, evaluate, tmp_path, text_f
 
 def test_agreement_with_itself_is_whole_and_with_another_is_not(endpoint, evaluate, tmp_path, text_file):
     ours, dense, other = endpoint(), endpoint(), endpoint(noise=0.3)
-    assert evaluate(ours, dense, tasks=("agreement",), text=text_file) == 0
+    assert evaluate(ours, dense=dense, tasks=("agreement",), text=text_file) == 0
     for row in results(tmp_path / "out")["figures"]["agreements"]:
         assert (row["top1"], row["kl"]) == (1.0, 0.0)
         assert row["perplexity"] == row["dense_perplexity"]
     assert len(ours.prompts) == len(dense.prompts) == 4
-    assert evaluate(ours, other, tasks=("agreement",), text=text_file) == 0
+    assert evaluate(ours, dense=other, tasks=("agreement",), text=text_file) == 0
     for row in results(tmp_path / "out")["figures"]["agreements"]:
         assert 0 < row["top1"] < 1
         assert row["kl"] > 0
@@ -204,20 +203,6 @@ def test_agreement_with_itself_is_whole_and_with_another_is_not(endpoint, evalua
 
 
 # --- the command ---------------------------------------------------------------------------------------------------
-
-
-def test_targets():
-    arguments = server_arguments("power", '{"power": {}}', ["--max-model-len", "4096"])
-    target = Target(serve="a model", arguments=arguments)
-    assert target.description == (
-        "vllm serve 'a model' --attention-backend power --additional-config '{\"power\": {}}' --max-model-len 4096"
-    )
-    assert server_arguments(None, None, []) == ()
-    for wrong in ({}, {"url": "u", "serve": "m"}, {"url": "u", "arguments": ("--x",)}):
-        with pytest.raises(EvalError):
-            Target(**wrong)
-    with pytest.raises(EvalError, match="no JSON object"):
-        server_arguments("power", "[]", [])
 
 
 @pytest.mark.parametrize(

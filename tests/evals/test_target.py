@@ -1,0 +1,75 @@
+"""Where the models answer: addresses, and servers that are started one after the other."""
+
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from vllm_power.demo.server import ServerFailed
+from vllm_power.evals import target as target_module
+from vllm_power.evals.settings import EvalError
+from vllm_power.evals.target import Target, server_arguments
+
+OURS = Target(serve="model", arguments=("--attention-backend", "power"))
+DENSE = Target(serve="model")
+
+
+@pytest.fixture
+def started(endpoint, monkeypatch) -> list[tuple[str, ...]]:
+    """Lets a fake endpoint stand in for `vllm serve`; the commands that were started, each with its end."""
+    commands: list[tuple[str, ...]] = []
+
+    @contextmanager
+    def serve(model, *arguments, env, on_wait):
+        commands.append(("start", model, *arguments))
+        on_wait(0.0, "loading")
+        yield SimpleNamespace(
+            base_url=endpoint(noise=0.2 * ("power" in arguments)).url, log=Path("server.log")
+        )
+        commands.append(("stop", model, *arguments))
+
+    monkeypatch.setattr(target_module, "serve", serve)
+    return commands
+
+
+def test_servers_run_one_after_the_other_and_only_for_what_is_missing(started, evaluate, text_file):
+    asked = {"target": OURS, "dense": DENSE, "tasks": ("agreement",), "text": text_file, "lengths": (512,)}
+    assert evaluate(**asked) == 0
+    power = ("model", "--attention-backend", "power")
+    assert started == [("start", *power), ("stop", *power), ("start", "model"), ("stop", "model")]
+    assert evaluate(**asked) == 0
+    assert len(started) == 4, "everything was there"
+    assert evaluate(**asked | {"tasks": ("agreement", "passkey")}) == 0
+    assert started[4:] == [("start", *power), ("stop", *power)]
+
+
+def test_a_server_that_does_not_start_shows_its_log(evaluate, monkeypatch, tmp_path, capsys):
+    log = tmp_path / "server.log"
+    log.write_text("the cause\n")
+
+    def serve(*_, **__):
+        raise ServerFailed("the server ended with status 1", 1, log)
+
+    monkeypatch.setattr(target_module, "serve", serve)
+    assert evaluate(target=OURS) == 2
+    out = capsys.readouterr().out
+    assert "ended with status 1" in out and "the cause" in out
+
+
+def test_arguments():
+    arguments = server_arguments("power", '{"power": {}}', ["--max-model-len", "4096"])
+    assert Target(serve="a model", arguments=arguments).description == (
+        "vllm serve 'a model' --attention-backend power --additional-config '{\"power\": {}}' --max-model-len 4096"
+    )
+    assert server_arguments(None, None, []) == ()
+    with pytest.raises(EvalError, match="no JSON object"):
+        server_arguments("power", "[]", [])
+
+
+@pytest.mark.parametrize(
+    "wrong", [{}, {"url": "u", "serve": "m"}, {"url": "u", "arguments": ("--x",)}], ids=str
+)
+def test_a_target_is_one_thing(wrong):
+    with pytest.raises(EvalError, match="--serve MODEL"):
+        Target(**wrong)
