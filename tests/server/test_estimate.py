@@ -152,13 +152,13 @@ def test_requests_that_do_not_fit_together_take_turns():
 
 
 def measured() -> dict[tuple[str, int, int], dict[str, float]]:
-    """{(what, batch, context): {"dense": ms, "power": ms}} of the newest run in docs/results/serve.jsonl."""
+    """{(what, batch, context): {"dense": ms, "power": ms}}, the newest of each in docs/results/serve.jsonl."""
     found: dict[tuple[str, int, int], dict[str, float]] = {}
     for row in rows("serve"):
         if row["bench"] in ("ttft", "decode_step") and row["gpu"] == "NVIDIA H200":
             key = (row["bench"], row["batch"], row["context"])
             found.setdefault(key, {})[row["impl"]] = row["median_ms"]
-    return found
+    return {key: times for key, times in found.items() if {"dense", "power"} <= times.keys()}
 
 
 def modelled(what: str, batch: int, context: int) -> dict[str, float]:
