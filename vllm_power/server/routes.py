@@ -25,7 +25,7 @@ PAGE_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",  # kept, but asked for again: a new version shows at once
 }
-NO_ENGINE = "there is no engine here: `vllm serve MODEL --attention-backend power` has one"
+NO_ENGINE = "no engine runs PowerAttention here: `vllm serve MODEL --attention-backend power` has one"
 
 
 class EngineView(Protocol):
