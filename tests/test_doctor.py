@@ -188,7 +188,7 @@ def test_a_wrong_kernel_is_found():
 
 @pytest.mark.slow
 def test_this_machine():
-    """The command as a user runs it. What the machine lacks is its own affair, if it is said; what is ours must work."""
+    """The command as a user runs it. What the machine lacks is its own affair, if it is said; what is ours works."""
     program = [sys.executable, "-c", "from vllm_power.cli import main; main()", "doctor", "--json"]
     done = subprocess.run(program, capture_output=True, text=True, cwd="/")
     found = json.loads(done.stdout)
