@@ -100,7 +100,7 @@ def train(settings: Settings, folder: Path, device: torch.device, console: Conso
     if checkpoint.exists():
         trainer.load(checkpoint)
         console.print(f"going on at step {trainer.step} after {trainer.elapsed:.0f} s")
-    with _stop_requests() as stop_requested, _bar(console) as show, (folder / LOG).open("a") as log:
+    with _stop_requests() as stop_requested, _bar(console) as show, (folder / LOG).open("a", buffering=1) as log:
         _loop(trainer, checkpoint, stop_requested, show, log.write)
     return trainer
 
