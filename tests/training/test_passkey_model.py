@@ -96,6 +96,32 @@ def test_documents_packed_into_one_row_see_only_themselves(model):
     assert len(compiled) == 1
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("name", ["power", "dilated", "longnet"])
+def test_training_on_a_gpu_computes_what_the_cpu_does(model, name):
+    pattern, tokens = preset(name, block_size=128), documents(2_048, 2)
+    rows = pack(pattern, *tokens.shape, SIZES, CPU)
+    expected = model.model(tokens, rows.rotation, rows.mask)
+    direction = torch.randn(SIZES.width, generator=torch.Generator().manual_seed(2))
+    (expected @ direction).mean().backward()
+    gradients = [weight.grad.clone() for weight in model.model.layers.parameters()]
+
+    model.zero_grad()
+    gpu = torch.device("cuda")
+    model.to(gpu)
+    for layer in model.model.layers:
+        layer.compile(fullgraph=True)
+    row = pack(pattern, *tokens.shape, SIZES, gpu)
+    states = model.model(tokens.to(gpu).view(1, -1), row.rotation, row.mask).view_as(expected)
+    (states @ direction.to(gpu)).mean().backward()
+    torch.testing.assert_close(states.cpu(), expected, atol=1e-3, rtol=1e-3)
+    for weight, gradient in zip(model.model.layers.parameters(), gradients, strict=True):
+        torch.testing.assert_close(
+            weight.grad.cpu(), gradient, atol=1e-3 * float(gradient.abs().max()), rtol=1e-2
+        )
+
+
 def test_tiles_must_fit():
     with pytest.raises(ValueError, match="whole tiles of 128"):
         tile_mask(preset("power", block_size=64), 1, 1_024, 128, CPU)
