@@ -21,7 +21,7 @@ from vllm_power.evals.logprobs import Windows
 from vllm_power.evals.tokenizer import load
 from vllm_power.pattern import POWER
 
-LENGTHS = (1024, 4096)
+LENGTHS = (1024, 3072)
 
 
 @pytest.fixture(scope="module")

@@ -179,7 +179,13 @@ def test_a_run_fails_by_its_gate(endpoint, evaluate, tmp_path, capsys):
 
 
 def page(figures: Figures, **about) -> str:
-    fixed = {"model": HOSTILE, "endpoint": "http://x/v1", "date": "today", "versions": {"vllm": "1"}}
+    fixed = {
+        "model": HOSTILE,
+        "endpoint": "http://x/v1",
+        "date": "today",
+        "versions": {"vllm": "1"},
+        "dense": "d",
+    }
     item = {
         "key": {"task": "needle", "length": 4096, "depth": 0.5},
         "result": {"score": 0.0, "answer": HOSTILE, "expected": ["12345"]},

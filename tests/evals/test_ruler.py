@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from vllm_power.evals import ruler
+from vllm_power.evals.ruler_generators import maker_of, quiet
 from vllm_power.evals.settings import NEEDS_NETWORK, RULER, EvalError, Settings
 
 
@@ -80,7 +81,7 @@ def test_the_same_seed_makes_the_same_prompts(task, tokenizer):
 @pytest.mark.parametrize("task", ["niah_multikey_3", "ruler_vt"])
 def test_prompts_and_scores_are_those_of_its_tasks(task, tokenizer):
     """Its own task object, which makes 500 prompts, against the generator that is called for two."""
-    with ruler._quiet(), contextlib.redirect_stdout(io.StringIO()):
+    with quiet(), contextlib.redirect_stdout(io.StringIO()):
         import lm_eval.tasks
         from lm_eval.tasks import TaskManager
 
@@ -91,7 +92,7 @@ def test_prompts_and_scores_are_those_of_its_tasks(task, tokenizer):
         np.random.seed(0)
         theirs = manager.load([task])["tasks"][task]
         theirs.build_all_requests(limit=2)
-        maker = ruler._maker(task, settings())
+        maker = maker_of(task, settings())
         random.seed(0)
         np.random.seed(0)
         ours = maker(tokenizer, 2048, 2)
@@ -136,7 +137,7 @@ def test_tasks_that_download_are_named_with_what_to_take_instead():
 
 def test_the_environment_stays_as_it_is(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "7")
-    with ruler._quiet():
+    with quiet():
         assert os.environ["LOCAL_RANK"] == "1"
     assert os.environ["LOCAL_RANK"] == "7"
 
