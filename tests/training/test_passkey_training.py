@@ -17,7 +17,8 @@ from vllm_power.training import passkey_run
 from vllm_power.training.passkey_eval import DEPTHS, evaluate
 from vllm_power.training.passkey_plot import accuracy, plot
 from vllm_power.training.passkey_run import Stopped, train
-from vllm_power.training.train_passkey import TOY, Settings, Stage, Trainer
+from vllm_power.training.passkey_settings import TOY, Settings, Stage
+from vllm_power.training.train_passkey import Trainer
 
 CPU = torch.device("cpu")
 QUIET = Console(quiet=True)

@@ -18,7 +18,8 @@ from vllm_power.bench import results as recorded
 from vllm_power.pattern import preset
 from vllm_power.training.passkey_eval import CONTEXTS, evaluate
 from vllm_power.training.passkey_export import export
-from vllm_power.training.train_passkey import TOY, Settings, Tally, Trainer
+from vllm_power.training.passkey_settings import TOY, Settings
+from vllm_power.training.train_passkey import Tally, Trainer
 
 CHECKPOINT = "checkpoint.pt"
 LOG = "log.jsonl"
@@ -100,7 +101,11 @@ def train(settings: Settings, folder: Path, device: torch.device, console: Conso
     if checkpoint.exists():
         trainer.load(checkpoint)
         console.print(f"going on at step {trainer.step} after {trainer.elapsed:.0f} s")
-    with _stop_requests() as stop_requested, _bar(console) as show, (folder / LOG).open("a", buffering=1) as log:
+    with (
+        _stop_requests() as stop_requested,
+        _bar(console) as show,
+        (folder / LOG).open("a", buffering=1) as log,
+    ):
         _loop(trainer, checkpoint, stop_requested, show, log.write)
     return trainer
 

@@ -1,4 +1,4 @@
-"""How the small model learns to relay a passkey under a pattern: settings, a step, checkpoints. passkey_run.py runs it.
+"""How the small model learns to relay a passkey under a pattern: a step and checkpoints. passkey_run.py runs it.
 
 What makes it quick:
 - every token between passkey and question is asked for the passkey by a probe that is thrown away later, so relaying it
@@ -23,80 +23,8 @@ from torch import nn
 from vllm_power.pattern import preset
 from vllm_power.training import passkey_data as data
 from vllm_power.training.packing import Packing, pack
-from vllm_power.training.small_model import Sizes, SmallModel
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A part of the curriculum, up to the share ``until`` of the training.
-
-    blocks: lengths of documents in blocks, one drawn for each step; shrink: blocks are smaller by this factor.
-    """
-
-    until: float
-    blocks: tuple[int, ...]
-    shrink: int = 1
-
-
-CURRICULUM = (
-    Stage(0.06, (2, 4), shrink=2),
-    Stage(0.14, (8, 16), shrink=2),
-    Stage(0.24, (32,), shrink=2),
-    Stage(0.36, (64, 128), shrink=2),
-    Stage(1.00, (4, 16, 32, 64, 128, 128, 128)),
-)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """All that decides the outcome. tokens: of one step; minutes and steps: whichever ends first ends the training.
-
-    muon_lr, weight_decay: for the matrices of the layers, which Muon moves as far at a loss near 0 as before; without
-    decay they would wander off. lr: AdamW's, for everything else. decay: over this last share of the training the rates
-    fall to nothing. probe: the weight of the probe's loss.
-    """
-
-    pattern: str = "power"
-    block_size: int = 256
-    curriculum: tuple[Stage, ...] = CURRICULUM
-    minutes: float = 15.0
-    steps: int = 100_000
-    tokens: int = 131_072
-    width: int = 256
-    layers: int = 8
-    heads: int = 4
-    kv_heads: int = 2
-    ffn: int = 512
-    rope_theta: float = 1e7
-    lr: float = 3e-3
-    muon_lr: float = 0.02
-    weight_decay: float = 0.1
-    warmup_steps: int = 50
-    decay: float = 0.4
-    probe: float = 1.0
-    seed: int = 0
-
-    @property
-    def sizes(self) -> Sizes:
-        """The model's."""
-        return Sizes(
-            len(data.WORDS), self.width, self.layers, self.heads, self.kv_heads, self.ffn, self.rope_theta
-        )
-
-
-# Small enough for a CPU: blocks of 32 tokens (16 while it learns), contexts an eighth as long as the others.
-TOY = Settings(
-    block_size=32,
-    curriculum=(Stage(0.7, (4,), shrink=2), Stage(1.0, (8,), shrink=2)),
-    steps=300,
-    tokens=2_048,
-    decay=0.25,
-    width=64,
-    layers=3,
-    heads=2,
-    kv_heads=1,
-    ffn=128,
-)
+from vllm_power.training.passkey_settings import Settings, Stage
+from vllm_power.training.small_model import SmallModel
 
 
 @dataclass
