@@ -17,20 +17,7 @@ from vllm_power.evals.items import Item, Result, file_digest
 from vllm_power.evals.settings import Settings
 
 FILLER = "Rain falls on the hills. The river runs to the sea. The mill turns in the wind. Then it all begins anew. "
-CITIES = (
-    "Accra",
-    "Athens",
-    "Bogota",
-    "Cairo",
-    "Dakar",
-    "Dublin",
-    "Hanoi",
-    "Lima",
-    "Oslo",
-    "Paris",
-    "Quito",
-    "Seoul",
-)
+CITIES = ("Accra", "Athens", "Bogota", "Cairo", "Dublin", "Hanoi", "Lima", "Oslo", "Paris", "Quito", "Seoul")
 ANSWER_TOKENS = 32
 
 

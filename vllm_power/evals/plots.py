@@ -63,7 +63,7 @@ def by_length(accuracies: Sequence[Accuracy], mean: Sequence[Accuracy] = ()) -> 
         axes.set(ylabel="accuracy", ylim=(-0.03, 1.03))
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         length_axis(axes, [point.length for point in accuracies])
-        beside = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5)} if mean else {"loc": "lower left"}
+        beside = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5)} if mean else {"loc": "best"}
         axes.legend(frameon=False, **beside)
     return svg()
 
@@ -117,7 +117,7 @@ def agreement(agreements: Sequence[Agreement]) -> str:
             lengths, [a.kl for a in ordered], marker="s", ls="--", color="tab:red", label="divergence (right)"
         )
         right.set(ylabel="divergence, nats", ylim=(0, max(0.01, 1.1 * max(a.kl for a in ordered))))
-        axes.legend(handles=[top1, kl], loc="lower left", frameon=False)
+        axes.legend(handles=[top1, kl], loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
     return svg()
 
 

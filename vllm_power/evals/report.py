@@ -58,7 +58,11 @@ def html(everything: dict[str, Any], figures: Figures) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"tokens": plots.tokens, "percent": lambda share: f"{100 * share:.1f} %"}
+    environment.filters |= {
+        "tokens": plots.tokens,
+        "percent": lambda share: f"{100 * share:.1f} %",
+        "figure": lambda value: f"{value:.3f}" if value < 10_000 else f"{value:.3e}",
+    }
     return environment.get_template("report.html.j2").render(
         everything,
         lengths=sorted({accuracy.length for accuracy in figures.accuracies}),
