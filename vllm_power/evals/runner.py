@@ -21,8 +21,9 @@ async def run(
     items = list(items)
     missing = [item for item in items if item not in store]
     if preparations := [item.prepare for item in missing if item.prepare]:
+        console.print("Making prompts, which can take minutes for long ones")
         with console.status("making prompts"):
-            for prepare in preparations:
+            for prepare in dict.fromkeys(preparations):
                 prepare()
     with Bars(items, store, console) as bars:
         waiting = iter(missing)

@@ -58,7 +58,7 @@ class Settings:
             if task in NEEDS_NETWORK:
                 raise EvalError(
                     f"{task} needs data that lm-evaluation-harness downloads. Take {NEEDS_NETWORK[task]}, "
-                    f"or run `lm_eval run --tasks {task}` against the endpoint where there is a network"
+                    "or run lm-evaluation-harness itself where there is a network (docs/evaluation.md has the command)"
                 )
             if task not in TASKS:
                 raise EvalError(f"unknown task {task!r}; known: {', '.join((*TASKS, 'ruler', 'all'))}")
