@@ -193,7 +193,8 @@ def peak_pages(tokens: int, chunk: int) -> int:
 
 
 def test_a_prompt_that_fits_only_thanks_to_reclamation(model: Path, worker: Worker) -> None:
-    """A cache of 100 pages of 64 tokens serves 8,000 tokens; without reclamation vLLM refuses to start."""
+    """A cache of 100 pages of 64 tokens serves 8,000 tokens; without reclamation vLLM refuses to start, and with it
+    where the cache can not hold the peak."""
     settings = {
         **SMALL_PAGES,
         "max_model_len": 8064,
@@ -204,5 +205,7 @@ def test_a_prompt_that_fits_only_thanks_to_reclamation(model: Path, worker: Work
     served = worker.call(reclaim.serve, [random_tokens(8000), random_tokens(4000)], [30, 30])
     assert [len(tokens) for ((tokens, _),) in served.answers] == [30, 30]
     assert served.free_after == served.free_before
-    with pytest.raises(RuntimeError, match=r"max seq len|max_model_len|KV cache"):
-        worker.start(model, **settings, additional_config={"power": {"reclaim": False}})
+    too_small = settings | {"num_gpu_blocks_override": 70}  # the peak is 80 pages, a chunk in work included
+    for refused in (too_small, settings | {"additional_config": {"power": {"reclaim": False}}}):
+        with pytest.raises(RuntimeError, match=r"max seq len|max_model_len|KV cache"):
+            worker.start(model, **refused)
