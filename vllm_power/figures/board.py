@@ -25,7 +25,7 @@ def open_board() -> Path:
     if inherited is not None:
         return inherited
     if _own is None:
-        _own = tempfile.TemporaryDirectory(prefix="vllm-power-", ignore_cleanup_errors=True)
+        _own = tempfile.TemporaryDirectory(prefix="vllm-power-figures-", ignore_cleanup_errors=True)
         os.environ[VARIABLE] = _own.name
     return Path(_own.name)
 
