@@ -7,6 +7,7 @@ import typer
 
 from vllm_power.calibration.command import calibrate_command
 from vllm_power.evals.command import eval_command
+from vllm_power.training.adapt.command import adapt_command
 from vllm_power.training.command import passkey
 
 app = typer.Typer(help="PowerAttention for vLLM: tools around the attention backend.", no_args_is_help=True)
@@ -147,6 +148,7 @@ app.command("eval", context_settings={"allow_extra_args": True})(eval_command)
 
 
 app.command("calibrate")(calibrate_command)
+app.command("adapt")(adapt_command)
 
 
 @app.command("version")

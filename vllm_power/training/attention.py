@@ -168,6 +168,8 @@ def power_attention(
             )
     if named.get("position_ids") is not None:
         batch.check_positions(named["position_ids"])
+    # Under autocast, rotary embeddings leave queries and keys in float32 beside values in the lower precision.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     return batch.attend(layer, query, key, value, scale).transpose(1, 2).contiguous(), None
 

@@ -1,0 +1,412 @@
+"""adapt: curriculum, packing, going on after a kill, adapters, what is written, and what is refused."""
+
+import json
+import math
+import os
+import random
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.loss.loss_utils import ForCausalLMLoss
+from typer.testing import CliRunner
+
+from vllm_power.cli import app
+from vllm_power.demo.model import make_model
+from vllm_power.training import segments
+from vllm_power.training.adapt import callbacks, loss, report
+from vllm_power.training.adapt.data import Line, Rows, windows
+from vllm_power.training.adapt.run import run
+from vllm_power.training.adapt.settings import Settings, Stage, stages_of
+from vllm_power.training.adapt.train import Stopped
+from vllm_power.training.attention import register, use_power
+
+POWER = {"block_size": 16, "window_blocks": 2}  # dense up to 64 tokens
+LENGTHS = (64, 128)
+TOKENS = 512  # of a step: 4 rows
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    sizes: dict[str, Any] = {"num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "head_size": 16}
+    folder = tmp_path_factory.mktemp("models") / "llama"
+    return make_model(folder, "llama", **sizes, vocab_size=300, max_positions=256, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Documents whose second half repeats the first: what comes is found far back."""
+    draw = random.Random(0)
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
+    with path.open("w") as file:
+        for _ in range(300):
+            half = "".join(draw.choice("abcdefgh") for _ in range(draw.randrange(20, 60)))
+            file.write(json.dumps({"text": half + half}) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def settings(model: Path, text: Path) -> Callable[..., Settings]:
+    def make(**changed: Any) -> Settings:
+        given: dict[str, Any] = {
+            "model": str(model),
+            "data": (str(text),),
+            "power": POWER,
+            "stages": (Stage(64, 6, in_steps=True), Stage(128, 2048)),
+            "batch_tokens": TOKENS,
+            "learning_rate": 1e-2,
+            "precision": "fp32",
+            "eval_tokens": 1024,
+        }
+        return Settings(**given | changed)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def trained(settings: Callable[..., Settings], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An unbroken run."""
+    folder = tmp_path_factory.mktemp("trained")
+    run(settings(), folder, save_every=3)
+    return folder
+
+
+def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+
+
+# --- whole runs -------------------------------------------------------------------------------------------------------
+
+
+def test_a_run(trained: Path, model: Path) -> None:
+    losses = rows_of(trained, report.LOSS)
+    assert [row["length"] for row in losses] == [64] * 6 + [128] * 4
+    assert [row["tokens"] for row in losses] == [TOKENS * step for step in range(1, 11)]
+    assert losses[-1]["loss"] < 0.6 * losses[0]["loss"]
+    config = json.loads((trained / "config.json").read_text())
+    assert config["power_attention"] == {"pattern": "power", **POWER}
+    assert config["dtype"] == "float32" and config["use_cache"] is True
+    assert AutoTokenizer.from_pretrained(trained)("abc") == AutoTokenizer.from_pretrained(model)("abc")
+    assert not (trained / "unfinished").exists()
+
+
+def test_evaluation_before_and_after(
+    trained: Path, model: Path, settings: Callable[..., Settings], text: Path
+) -> None:
+    """Four numbers a length, one of each again by hand; the training helps."""
+    measured = rows_of(trained, report.PERPLEXITY)
+    assert [(row["when"], row["length"]) for row in measured] == [
+        (when, length) for when in ("before", "after") for length in LENGTHS
+    ]
+    for before, after in zip(measured[:2], measured[2:], strict=True):
+        assert after["power"] < before["power"] and after["dense"] < before["dense"]
+    assert measured[1]["power"] != pytest.approx(measured[1]["dense"], rel=1e-3)
+    assert measured[0]["power"] == pytest.approx(measured[0]["dense"], rel=1e-4)  # 64 tokens see everything
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    documents = [
+        tokenizer(json.loads(line)["text"])["input_ids"] + [0] for line in text.read_text().splitlines()
+    ]
+    order = np.random.default_rng(0).permutation(len(documents))
+    held = torch.tensor([token for number in order for token in documents[number]][:1024]).view(-1, 128)
+    register()
+    for stored, when in ((model, 1), (trained, 3)):
+        loaded = AutoModelForCausalLM.from_pretrained(stored)
+        use_power(loaded, POWER)
+        with torch.no_grad():
+            perplexity = loaded(held, labels=held).loss.exp().item()
+        assert measured[when]["power"] == pytest.approx(perplexity, rel=1e-4)
+
+
+def test_plots_are_the_same_again(trained: Path, tmp_path: Path) -> None:
+    report.plot_loss(rows_of(trained, report.LOSS), tmp_path)
+    report.plot_perplexity(rows_of(trained, report.PERPLEXITY), tmp_path)
+    for name in (report.LOSS, report.PERPLEXITY):
+        assert (tmp_path / f"{name}.svg").read_bytes() == (trained / f"{name}.svg").read_bytes()
+
+
+def test_cut_off_twice(
+    trained: Path, settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in step 5, half a checkpoint left behind; then asked to stop in step 7, inside the second stage."""
+    read = Rows.__getitem__
+
+    def at(row: int, act: Callable[[], Any]) -> None:
+        def reading(self: Rows, index: int) -> dict[str, torch.Tensor]:
+            if index == row:
+                act()
+            return read(self, index)
+
+        monkeypatch.setattr(Rows, "__getitem__", reading)
+
+    def killed() -> None:
+        raise RuntimeError("killed")
+
+    at(4 * 4 + 1, killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        run(settings(), tmp_path, save_every=3)
+    half = tmp_path / "checkpoints" / "checkpoint-4"
+    half.mkdir()
+    (half / "model.safetensors").write_bytes(b"half")
+    handlers = [signal.getsignal(number) for number in callbacks.SIGNALS]
+    at(6 * 4 + 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Stopped, match="stopped at step 7"):
+        run(settings(), tmp_path, save_every=3)
+    assert [signal.getsignal(number) for number in callbacks.SIGNALS] == handlers
+    monkeypatch.setattr(Rows, "__getitem__", read)
+    run(settings(), tmp_path, save_every=3)
+
+    assert rows_of(tmp_path, report.LOSS) == rows_of(trained, report.LOSS)
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path, trained))
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+def test_adapters_are_merged(settings: Callable[..., Settings], model: Path, tmp_path: Path) -> None:
+    run(settings(lora=4, eval_tokens=0, stages=stages_of("128:3steps")), tmp_path)
+    tokens = torch.randint(4, 300, (1, 128), generator=torch.Generator().manual_seed(0))
+    plain, merged = (AutoModelForCausalLM.from_pretrained(path) for path in (model, tmp_path))
+    beside = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), str(tmp_path / "adapter"))
+    with torch.no_grad():
+        outputs = []
+        for loaded in (plain, merged, beside.get_base_model()):
+            use_power(loaded, POWER)
+            outputs.append(loaded(tokens).logits)
+    torch.testing.assert_close(outputs[1], outputs[2], rtol=1e-4, atol=1e-4)
+    assert (outputs[0] - outputs[1]).abs().max() > 0.1
+    assert torch.equal(plain.lm_head.weight, merged.lm_head.weight)
+    assert "power_attention" in json.loads((tmp_path / "config.json").read_text())
+    assert not (tmp_path / f"{report.PERPLEXITY}.jsonl").exists()
+
+
+def test_bf16_is_one_precision_in_attention(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under autocast, rotary embeddings compute in float32; kernels want one dtype."""
+    seen = []
+    attend = segments.attend
+
+    def watched(*given: Any) -> torch.Tensor:
+        seen.append({states.dtype for states in given[:3]})
+        return attend(*given)
+
+    monkeypatch.setattr(segments, "attend", watched)
+    loaded = AutoModelForCausalLM.from_pretrained(model)
+    use_power(loaded, POWER)
+    with torch.autocast("cpu", torch.bfloat16):
+        loaded(torch.randint(4, 300, (1, 100)), use_cache=False)
+    assert seen == [{torch.bfloat16}] * 2
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def line_of(*lengths: int, seed: int = 0) -> Line:
+    """Documents of so many tokens, numbered through over all documents."""
+    ends = np.cumsum(lengths)
+    ids = [list(range(end - length, end)) for length, end in zip(lengths, ends, strict=True)]
+    return Line.of(Dataset.from_dict({"input_ids": ids, "length": list(lengths)}), seed)
+
+
+def small(**changed: Any) -> Settings:
+    given: dict[str, Any] = {"model": "", "data": (), "power": {}, "batch_tokens": 32}
+    return Settings(**given | {"stages": (Stage(4, 2, in_steps=True), Stage(16, 64))} | changed)
+
+
+def test_a_line_is_read_and_split_anywhere() -> None:
+    line = line_of(5, 1, 30, 7, 2)
+    everything, starts = line.read(0, line.tokens)
+    assert sorted(everything) == list(range(45))
+    assert starts.tolist() == np.cumsum([0, *(line.last - line.first)])[:-1].tolist()
+    for cut in (0, 1, 17, 44, 45):
+        before, after = line.split(cut)
+        assert (before.tokens, after.tokens) == (cut, 45 - cut)
+        parts = [part.read(0, part.tokens)[0] for part in (before, after) if part.tokens]
+        assert np.concatenate(parts).tolist() == everything.tolist()
+    for begin in range(40):
+        assert line.read(begin, 5)[0].tolist() == everything[begin : begin + 5].tolist()
+    assert line.shuffled(1).document.tolist() != line.document.tolist()
+
+
+def test_rows_grow_with_the_stages() -> None:
+    rows = Rows(line_of(*[10] * 20), small(), begin=None)
+    assert len(rows) == 4 * 2
+    early, late = rows[3], rows[4]
+    assert early["position_ids"].tolist() == [0, 1, 2, 3] * 4
+    assert late["position_ids"].tolist() == list(range(16))
+    assert early["labels"].tolist() == [
+        -100 if place % 4 == 0 else token for place, token in enumerate(early["input_ids"].tolist())
+    ]
+    read = torch.cat([rows[index]["input_ids"] for index in range(len(rows))])
+    assert read.unique().numel() == len(read)  # nothing twice while the data last
+
+
+def test_documents_apart() -> None:
+    rows = Rows(line_of(16, 3, 29, seed=1), small(apart=True), begin=None)
+    row = rows[4]
+    steps = row["input_ids"].diff() != 1
+    steps |= torch.isin(row["input_ids"][1:], torch.tensor([0, 16, 19]))
+    assert row["position_ids"][0] == 0
+    assert ((row["position_ids"][1:] == 0) == steps).all()
+    assert ((row["labels"] == -100) == (row["position_ids"] == 0)).all()
+
+
+def test_the_first_token_of_a_text() -> None:
+    rows = Rows(line_of(*[10] * 20), small(), begin=777)
+    assert (rows[0]["input_ids"] == 777).nonzero().flatten().tolist() == [0, 4, 8, 12]
+    cut = windows(line_of(100), 30, 99, 777)
+    assert cut.shape == (3, 30) and (cut[:, 0] == 777).all()
+
+
+def test_data_begin_again_in_another_order() -> None:
+    rows = Rows(line_of(*[4] * 10), small(), begin=None)
+    assert rows.passes == 4
+    first, second = (torch.cat([rows[index]["input_ids"] for index in pair]) for pair in ((0, 1), (2, 3)))
+    assert first.tolist() != second.tolist()
+    assert torch.equal(first, torch.cat([rows[0]["input_ids"], rows[1]["input_ids"]]))
+
+
+# --- loss, and where it is not sound ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [None, torch.tensor(7)], ids=["mean", "given-count"])
+def test_the_loss_in_chunks(count: torch.Tensor | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss, "CHUNK", 5)
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 9, (2, 13), generator=generator)
+    labels[0, 3] = labels[1, 0] = -100
+    found = []
+    for compute in (loss.chunked_loss, ForCausalLMLoss):
+        logits = torch.randn(2, 13, 9, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        value = compute(logits, labels, 9, num_items_in_batch=count)
+        value.backward()
+        found.append((value.detach(), logits.grad))
+    torch.testing.assert_close(found[0], found[1])
+
+
+def logged(sound: callbacks.Sound, *losses: float) -> None:
+    for number, value in enumerate(losses, 1):
+        logs = {"loss": value, "grad_norm": 1.0, "learning_rate": 1e-3}
+        sound.on_log(None, SimpleNamespace(global_step=number), None, logs)
+
+
+def test_losses_that_are_not_sound() -> None:
+    with pytest.raises(FloatingPointError, match=r"loss nan, gradient norm 1.0 at step 3 \(sequences of 16"):
+        logged(callbacks.Sound(small()), 3.0, 3.0, math.nan)
+    with pytest.raises(FloatingPointError, match=r"leapt to 6\.500 at step 25 .*median was 3\.000"):
+        logged(callbacks.Sound(small()), *[3.0] * 24, 6.5)
+    logged(
+        callbacks.Sound(small()), 3.0, 30.0, *[3.0] * 24, 5.9
+    )  # before there is a median, and below twice it
+
+
+def test_a_loss_that_is_not_a_number_stops_a_run(
+    settings: Callable[..., Settings], model: Path, tmp_path: Path
+) -> None:
+    """What was trained before is kept, and the losses are written."""
+    broken = AutoModelForCausalLM.from_pretrained(model)
+    with torch.no_grad():
+        broken.model.norm.weight.fill_(math.nan)
+    broken.save_pretrained(tmp_path / "broken")
+    AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path / "broken")
+    with pytest.raises(FloatingPointError, match="at step 1 "):
+        run(settings(model=str(tmp_path / "broken"), eval_tokens=0), tmp_path / "out", save_every=1)
+    assert math.isnan(rows_of(tmp_path / "out", report.LOSS)[0]["loss"])
+    assert not list((tmp_path / "out").glob("checkpoints/checkpoint-*"))
+
+
+# --- settings, and what is refused ------------------------------------------------------------------------------------
+
+
+def test_stages() -> None:
+    assert stages_of("4K:250M, 32K:0.5B") == (Stage(4096, 250_000_000), Stage(32_768, 500_000_000))
+    assert stages_of("4K:200steps,8192:16K") == (Stage(4096, 200, True), Stage(8192, 16_000))
+    assert [stage.steps(1000) for stage in (Stage(4, 1), Stage(4, 2001), Stage(4, 7, True))] == [1, 3, 7]
+
+
+@pytest.mark.parametrize(
+    ("stages", "cause"),
+    [
+        ("4K", "is not LENGTH:TOKENS"),
+        ("4K:1T", "is not LENGTH:TOKENS"),
+        ("4K:0", "trains nothing"),
+        ("3K:1M,8K:1M", "not a multiple of 3,072"),
+    ],
+)
+def test_wrong_stages(stages: str, cause: str) -> None:
+    with pytest.raises(ValueError, match=cause):
+        stages_of(stages)
+
+
+@pytest.mark.parametrize(
+    ("change", "cause"),
+    [
+        ({"data": ("nowhere.jsonl",)}, "there is no such file"),
+        ({"data": (__file__,)}, r"text is read from \.txt"),
+        ({"field": "body"}, "no column 'body' but text: name the text's with --field"),
+        ({"eval_tokens": 10**9}, "0 tokens beside the held-out ones"),
+        ({"eval_tokens": 100}, "fewer than a window of 128"),
+        ({"stages": stages_of("512:1steps")}, "rope_parameters"),
+        ({"stages": stages_of("64:1steps")}, "no token would be trained under the pattern"),
+        ({"batch_tokens": 300}, "give --batch-tokens as a multiple of 128"),
+        ({"power": {"windov_blocks": 2}}, "did you mean 'window_blocks'"),
+        ({"power": {"dense_layers": "0-1"}}, "none of the 2 layers would run the pattern"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_refused(
+    change: dict[str, Any], cause: str, settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=cause):
+        run(settings(**change), tmp_path / "out")
+    settings().check_folder(tmp_path / "out")  # is not taken: mended, the command works there
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "cause"),
+    [
+        ("tokenizer.json", None, "has no tokenizer"),
+        ("config.json", '"attention_dropout": 0.1', "attention_dropout 0.1"),
+        ("config.json", '"power_attention": {"window_blocks": 9}', "two different patterns"),
+    ],
+    ids=["tokenizer", "dropout", "another-pattern"],
+)
+def test_models_that_do_not_fit(
+    file: str, change: str | None, cause: str, model: Path, settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    changed = tmp_path / "model"
+    changed.mkdir()
+    for path in model.iterdir():
+        if change or not path.name.startswith("tokenizer"):
+            (changed / path.name).write_bytes(path.read_bytes())
+    if change:
+        known = json.loads((changed / file).read_text())
+        (changed / file).write_text(json.dumps(known | json.loads(f"{{{change}}}")))
+    with pytest.raises(ValueError, match=cause):
+        run(settings(model=str(changed)), tmp_path / "out")
+
+
+def test_a_folder_of_another_run(trained: Path, model: Path, settings: Callable[..., Settings]) -> None:
+    with pytest.raises(ValueError, match=r"other settings \(seed 0 there, 1 here\)"):
+        run(settings(seed=1), trained)
+    with pytest.raises(ValueError, match="a model that was not made here"):
+        run(settings(), model)
+
+
+def test_the_command(model: Path, text: Path, tmp_path: Path) -> None:
+    words = ["adapt", str(model), "--data", str(text), "--output", str(tmp_path / "out")]
+    for extra, cause in (
+        (["--stages", "4K"], "is not LENGTH:TOKENS"),
+        (["--power", "{"], "--power is not JSON"),
+        ([], "longer than the model's 256 positions"),
+    ):
+        done = CliRunner().invoke(app, [*words, *extra])
+        assert done.exit_code == 1 and done.output.startswith("adapt: ") and cause in done.output

@@ -1,0 +1,1 @@
+"""``vllm-power adapt``: continued pre-training of a model under the pattern."""
