@@ -19,7 +19,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
-from vllm_power import kv_cache
+from vllm_power import compat, kv_cache
 from vllm_power.bench.engine import TINY, model_folder
 
 PAGE = 256
@@ -48,6 +48,7 @@ class SchedulerAlone:
         if not full_attention:
             kv_cache.configure(config)
             spec = kv_cache.customize_spec(spec)
+            compat.count_steps(config)  # as in a server; holds for schedulers made from ``config`` later, too
         config.cache_config.num_gpu_blocks = pages
         self.caching = config.cache_config.enable_prefix_caching
         self.vllm: Any = config.scheduler_config.get_scheduler_cls()(
