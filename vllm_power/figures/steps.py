@@ -127,19 +127,27 @@ class StepCounter:
 
     def _blocks(self, step: "SchedulerOutput") -> tuple[int, int]:
         """How many key blocks the step's query blocks read, and how many there were up to them."""
-        cached, scheduled, shift = step.scheduled_cached_reqs, step.num_scheduled_tokens, self.shift
-        if len(cached.req_ids) == step.total_num_scheduled_tokens:  # one token each: the step of every decode
-            blocks = [computed >> shift for computed in cached.num_computed_tokens]
-            return sum(map(self.visible.__getitem__, blocks)), sum(blocks) + len(blocks)
-        requests = [
-            *zip(cached.req_ids, cached.num_computed_tokens, strict=True),
-            *((new.req_id, new.num_computed_tokens) for new in step.scheduled_new_reqs),
+        cached, shift = step.scheduled_cached_reqs, self.shift
+        decodes_only = len(cached.req_ids) == step.total_num_scheduled_tokens
+        computed_of: dict[str, int] = {}
+        if not decodes_only:
+            computed_of = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+            computed_of.update((new.req_id, new.num_computed_tokens) for new in step.scheduled_new_reqs)
+        # The block of each request's first new token, which for most is the only one.
+        blocks = [
+            computed >> shift
+            for computed in (cached.num_computed_tokens if decodes_only else computed_of.values())
         ]
-        read = causal = 0
-        for request, computed in requests:
-            first, end = computed >> shift, ((computed + scheduled[request] - 1) >> shift) + 1
-            read += self.visible_before[end] - self.visible_before[first]
-            causal += (end * (end + 1) - first * (first + 1)) // 2
+        read, causal = sum(map(self.visible.__getitem__, blocks)), sum(blocks) + len(blocks)
+        if decodes_only:
+            return read, causal
+        # And the blocks after it, up to the last new token's.
+        for request, new in step.num_scheduled_tokens.items():
+            if new > 1:
+                computed = computed_of[request]
+                first, end = (computed >> shift) + 1, ((computed + new - 1) >> shift) + 1
+                read += self.visible_before[end] - self.visible_before[first]
+                causal += (end * (end + 1) - first * (first + 1)) // 2
         return read, causal
 
     def _introduce(self, vllm_config: "VllmConfig", asked: options.PowerOptions) -> None:
