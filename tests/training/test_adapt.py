@@ -5,6 +5,8 @@ import math
 import os
 import random
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -170,6 +172,38 @@ def test_cut_off_twice(
     assert ours.keys() == theirs.keys()
     for name in ours:
         assert torch.equal(ours[name], theirs[name]), name
+
+
+KILLED_IN_STEP_5 = """
+import os, signal
+from vllm_power.cli import main
+from vllm_power.training.adapt.data import Rows
+
+read = Rows.__getitem__
+Rows.__getitem__ = lambda self, i: read(self, i) if i != 17 else os.kill(os.getpid(), signal.SIGKILL)
+main()
+"""
+
+
+@pytest.mark.slow
+def test_killed_for_real_and_gone_on_by_two_processes(
+    trained: Path, model: Path, text: Path, tmp_path: Path
+) -> None:
+    """The command itself; as many processes as there are share a step, and its tokens stay the same."""
+    words = f"adapt {model} --data {text} --output out --stages 64:6steps,128:2048 --batch-tokens {TOKENS} "
+    words += "--learning-rate 1e-2 --precision fp32 --eval-tokens 1024 --save-every 3 --power"
+    command = [*words.split(), json.dumps(POWER)]
+    killed = subprocess.run([sys.executable, "-c", KILLED_IN_STEP_5, *command], cwd=tmp_path)
+    assert killed.returncode == -signal.SIGKILL
+    programs = Path(sys.executable).parent
+    two = [str(programs / "torchrun"), "--standalone", "--nproc-per-node", "2", str(programs / "vllm-power")]
+    done = subprocess.run([*two, *command], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "going on from out/checkpoints/checkpoint-3" in done.stdout
+
+    for name, key in ((report.LOSS, "loss"), (report.PERPLEXITY, "power")):
+        ours, theirs = ([row[key] for row in rows_of(at, name)] for at in (tmp_path / "out", trained))
+        assert ours == pytest.approx(theirs, rel=1e-3)
 
 
 def test_adapters_are_merged(settings: Callable[..., Settings], model: Path, tmp_path: Path) -> None:

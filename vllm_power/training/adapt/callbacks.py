@@ -38,8 +38,7 @@ class Sound(TrainerCallback):
         step, length = state.global_step, self.settings.length_at(state.global_step - 1)
         where = f"at step {step} (sequences of {length:,} tokens, learning rate {logs.get('learning_rate', 0):.2g})"
         remedy = (
-            "The last checkpoint before it is a whole model: begin anew from it, or from the start, with a lower "
-            "--learning-rate, a longer --warmup or other data, and another --output."
+            "Train anew, to another --output, with a lower --learning-rate, a longer --warmup or other data."
         )
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise FloatingPointError(f"loss {loss}, gradient norm {norm} {where}. {remedy}")
