@@ -77,7 +77,8 @@ def take(
 ) -> StepBuffers:
     """The buffers that were reserved in one of these layers, where they fit, or new ones."""
     layers = vllm_config.compilation_config.static_forward_context
-    for impl in (getattr(layers.get(name), "impl", None) for name in layer_names):
+    impls: list[Any] = [getattr(layers.get(name), "impl", None) for name in layer_names]
+    for impl in impls:
         if reserved := getattr(impl, "buffers", None):
             impl.buffers = None
             if reserved.decodes.page_size == page_size:
