@@ -1,13 +1,17 @@
 """The documentation names only what exists: commands, files and links."""
 
+import ast
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import typer.main
 
 from vllm_power.cli import app
+from vllm_power.options import PowerOptions
+from vllm_power.pattern import POWER
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
@@ -61,6 +65,52 @@ def test_named_paths_exist(page):
     for code in INLINE_CODE.findall(FENCE.sub("", page.read_text())):
         if re.fullmatch(r"[\w./-]+", code) and code.startswith(tuple(f"{folder}/" for folder in FOLDERS)):
             assert (ROOT / code).exists(), code
+
+
+def fixed_words(node: ast.expr) -> list[str]:
+    """The constant pieces of a message in the code."""
+    match node:
+        case ast.Constant(value=str(text)):
+            return [text]
+        case ast.JoinedStr():
+            return [piece for value in node.values for piece in fixed_words(value)]
+        case ast.BinOp():
+            return fixed_words(node.left) + fixed_words(node.right)
+        case ast.IfExp():
+            return fixed_words(node.body) + fixed_words(node.orelse)
+    return []
+
+
+def messages(module: str) -> Iterator[list[str]]:
+    """Every error that a module raises or refuses with, as its constant pieces."""
+    for node in ast.walk(ast.parse((ROOT / "vllm_power" / f"{module}.py").read_text())):
+        call = node.exc if isinstance(node, ast.Raise) else node
+        refuses = isinstance(call, ast.Call) and getattr(call.func, "id", "") == "_refuse"
+        if isinstance(call, ast.Call) and call.args and (isinstance(node, ast.Raise) or refuses):
+            yield fixed_words(call.args[0])
+
+
+@pytest.mark.parametrize(
+    "module", ["plugin", "options", "dense_layers", "pattern", "refusals", "kv_cache", "impl"]
+)
+def test_every_error_of_the_engines_path_is_in_the_docs(module):
+    """By the longest fixed piece of its first sentence."""
+    page = " ".join((ROOT / "docs" / "errors.md").read_text().split())
+    found = list(messages(module))
+    assert found
+    for pieces in found:
+        longest = max((piece.split(". ")[0].strip(" .;:,(") for piece in pieces), key=len, default="")
+        assert longest in page, longest
+
+
+def test_the_readme_has_every_option_and_its_default():
+    rows = re.findall(r"^\| `(\w+)` \| .* \| (.+) \|$", (ROOT / "README.md").read_text(), flags=re.M)
+    expected = {}
+    for name, field in PowerOptions.model_fields.items():
+        default = field.get_default(call_default_factory=True)
+        default = getattr(POWER, name) if default is None else default
+        expected[name] = "none" if default == [] else str(default).lower()
+    assert {name: default.strip("`") for name, default in rows} == expected
 
 
 @pytest.mark.parametrize(
