@@ -120,7 +120,7 @@ def _block_mask(
     whole = grouped.all(3).all(1) & before
     partial = grouped.any(3).any(1) & ~whole
     return BlockMask.from_kv_blocks(
-        *_listed(partial), *_listed(whole), BLOCK_SIZE=LARGEST_TILE, mask_mod=visible, seq_lengths=lengths
+        *listed(partial), *listed(whole), BLOCK_SIZE=LARGEST_TILE, mask_mod=visible, seq_lengths=lengths
     )
 
 
@@ -141,7 +141,7 @@ def _visible_units(pattern: Pattern, number: int, unit: int) -> list[int]:
     ]
 
 
-def _listed(pairs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def listed(pairs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """FlexAttention's form of bool [query blocks, key blocks]: how many are true in each row, and which, they first."""
     order = pairs.int().argsort(dim=1, descending=True, stable=True)
     return pairs.sum(1, dtype=torch.int32)[None, None], order.int()[None, None].contiguous()

@@ -10,7 +10,7 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask
 
 from vllm_power.pattern import Pattern
-from vllm_power.training.masks import LARGEST_TILE
+from vllm_power.training.masks import LARGEST_TILE, listed
 from vllm_power.training.small_model import Mask, Rotation, Sizes, rotation_at
 
 
@@ -52,14 +52,8 @@ def tile_mask(pattern: Pattern, documents: int, length: int, tile: int, device: 
     sees = sees.repeat_interleave(per_block, 0).repeat_interleave(per_block, 1)[:tiles, :tiles]
     earlier = torch.block_diag(*[sees.tril(-1)] * documents).to(device)
     own = torch.eye(len(earlier), dtype=torch.bool, device=device)
-    return BlockMask.from_kv_blocks(*_listed(own), *_listed(earlier), BLOCK_SIZE=tile, mask_mod=_causal)
+    return BlockMask.from_kv_blocks(*listed(own), *listed(earlier), BLOCK_SIZE=tile, mask_mod=_causal)
 
 
 def _causal(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     return query >= key
-
-
-def _listed(pairs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """How many key tiles each query tile has, int32 [1, 1, tiles], and which, first in int32 [1, 1, tiles, tiles]."""
-    order = pairs.int().argsort(dim=1, descending=True, stable=True)
-    return pairs.sum(1, dtype=torch.int32)[None, None], order.int()[None, None].contiguous()
