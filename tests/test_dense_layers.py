@@ -57,20 +57,28 @@ def test_two_names_of_the_same_layers_are_no_contradiction():
 
 
 @pytest.mark.parametrize(
-    "layer, runner, dense",
+    "layer, runner, dense, drafting",
     [
-        ("model.layers.0.self_attn.attn", "generate", True),
-        ("model.layers.1.self_attn.attn", "generate", False),
-        ("language_model.model.layers.3.self_attn.attn", "generate", True),
-        ("model.layers.4.self_attn.attn", "generate", True),  # a drafting head's layer
-        ("model.layers.1.self_attn.attn", "draft", True),
+        ("model.layers.0.self_attn.attn", "generate", True, False),
+        ("model.layers.1.self_attn.attn", "generate", False, False),
+        ("language_model.model.layers.3.self_attn.attn", "generate", True, False),
+        ("model.layers.4.self_attn.attn", "generate", True, True),  # a drafting head's layer
+        ("draft_model.model.layers.1.self_attn.attn", "generate", True, True),
+        ("model.layers.1.self_attn.attn", "draft", True, True),
     ],
 )
-def test_which_layers_stay_dense(layer, runner, dense):
-    from vllm_power.hybrid import stays_dense
+def test_which_layers_stay_dense(layer, runner, dense, drafting):
+    """Layers that draft are dense unless vLLM was told to draft with this backend."""
+    from vllm_power.hybrid import drafts, stays_dense
 
     model = SimpleNamespace(
         runner_type=runner, get_total_num_hidden_layers=lambda: 4, hf_config=None, hf_text_config=None
     )
-    config = SimpleNamespace(model_config=model, additional_config={"power": {"dense_layers": [0, 3]}})
+    config = SimpleNamespace(
+        model_config=model, additional_config={"power": {"dense_layers": [0, 3]}}, speculative_config=None
+    )
+    assert drafts(layer, config) is drafting
     assert stays_dense(layer, config) is dense
+    for backend, still_dense in (("FLASH_ATTN", dense), ("POWER", dense and not drafting)):
+        config.speculative_config = SimpleNamespace(attention_backend=SimpleNamespace(name=backend))
+        assert stays_dense(layer, config) is still_dense

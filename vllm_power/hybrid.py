@@ -17,6 +17,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.selector import AttentionSelectorConfig
 
 from vllm_power import kv_cache, options, refusals
+from vllm_power.plugin import NAME
 
 
 class LayerImpl:
@@ -62,11 +63,19 @@ class LayerImpl:
 
 
 def stays_dense(layer_name: str, vllm_config: VllmConfig) -> bool:
-    """Whether the layer runs dense attention: the option ``dense_layers`` says so, or a draft model has it."""
+    """Whether the layer runs dense attention: the option ``dense_layers`` says so, or it drafts and power was not
+    asked for drafting (``--speculative-config '{"attention_backend": "power"}'``)."""
+    if drafts(layer_name, vllm_config):
+        asked = getattr(vllm_config.speculative_config, "attention_backend", None)
+        return asked is None or asked.name != NAME
+    num_layers = vllm_config.model_config.get_total_num_hidden_layers()
+    dense = options.of_config(vllm_config).dense_layer_indices(num_layers)
+    return extract_layer_index(layer_name) in dense
+
+
+def drafts(layer_name: str, vllm_config: VllmConfig) -> bool:
+    """Whether the layer belongs to a draft model, or to a drafting head, whose layers are numbered on from the last."""
     model = vllm_config.model_config
-    if model.runner_type == "draft":
+    if model.runner_type == "draft" or layer_name.startswith("draft_model."):
         return True
-    num_layers = model.get_total_num_hidden_layers()
-    index = extract_layer_index(layer_name)
-    # Drafting heads number their layers on from the model's last.
-    return index >= num_layers or index in options.of_config(vllm_config).dense_layer_indices(num_layers)
+    return extract_layer_index(layer_name) >= model.get_total_num_hidden_layers()

@@ -260,7 +260,7 @@ def configure(vllm_config: VllmConfig) -> None:
     """Say, where a layer is built, what :func:`customize_spec` will put into its spec."""
     global _settings
     if vllm_config.model_config.runner_type == "draft":
-        return  # its layers stay dense; what was said for the target model holds
+        return  # what was said for the target model holds for its draft model
     _settings = None
     if why_not(vllm_config) is None:
         _settings = {

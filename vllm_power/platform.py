@@ -82,7 +82,7 @@ def is_selected(vllm_config: "VllmConfig") -> bool:
 
 
 def is_draft(vllm_config: "VllmConfig") -> bool:
-    """Whether this configuration is that of a draft model, made from the target's: its layers stay dense."""
+    """Whether this configuration is that of a draft model, made from the target's."""
     return vllm_config.model_config is not None and vllm_config.model_config.runner_type == "draft"
 
 
@@ -102,13 +102,16 @@ def _report(vllm_config: "VllmConfig") -> None:
     from vllm.model_executor.models.utils import extract_layer_index
 
     from vllm_power.figures import stage
+    from vllm_power.hybrid import drafts
     from vllm_power.kv_cache import why_not
 
-    layers = {
+    built = {
         name: layer.attn_backend
         for name, layer in vllm_config.compilation_config.static_forward_context.items()
         if hasattr(layer, "attn_backend")
     }
+    layers = {name: backend for name, backend in built.items() if not drafts(name, vllm_config)}
+    drafting = [name for name in built.keys() - layers.keys() if built[name].get_name() == NAME]
     sparse = [backend for backend in layers.values() if backend.get_name() == NAME]
     dense = sorted(
         {extract_layer_index(name) for name, backend in layers.items() if backend.get_name() != NAME}
@@ -123,7 +126,7 @@ def _report(vllm_config: "VllmConfig") -> None:
     max_len = vllm_config.model_config.max_model_len
     logger.info_once(
         "PowerAttention: %s; reads %.1f%% of the block pairs at max_model_len %d; executor %s; "
-        "%d of %d attention layers%s; KV reclamation %s",
+        "%d of %d attention layers%s%s; KV reclamation %s",
         str(pattern),
         100 * pattern.density(max_len),
         max_len,
@@ -131,6 +134,7 @@ def _report(vllm_config: "VllmConfig") -> None:
         len(sparse),
         len(layers),
         f" (not {', '.join(map(str, dense))})" if dense else "",
+        f" and {len(drafting)} that draft" if drafting else "",
         f"off: {reason}" if reason else "on",
         scope="global",
     )

@@ -43,16 +43,17 @@ def tell(vllm_config: "VllmConfig", executor: str | None, reclamation: str) -> N
 
 
 def layers(vllm_config: "VllmConfig") -> dict[str, list[int]]:
-    """The model's attention layers by what they run; layers that draft (numbered on from the last) are not counted."""
+    """The model's attention layers by what they run; layers that draft are not counted."""
     from vllm.model_executor.models.utils import extract_layer_index
 
-    num_layers = vllm_config.model_config.get_total_num_hidden_layers()
+    from vllm_power.hybrid import drafts
+
     found: dict[str, list[int]] = {SPARSE: [], DENSE: [], SLIDING_WINDOW: []}
     for name, layer in vllm_config.compilation_config.static_forward_context.items():
-        if hasattr(layer, "attn_backend") and (index := extract_layer_index(name)) < num_layers:
+        if hasattr(layer, "attn_backend") and not drafts(name, vllm_config):
             windowed = getattr(layer, "sliding_window", None) is not None
             kind = SPARSE if layer.attn_backend.get_name() == NAME else SLIDING_WINDOW if windowed else DENSE
-            found[kind].append(index)
+            found[kind].append(extract_layer_index(name))
     return found
 
 
