@@ -77,3 +77,10 @@ def test_a_checkpoint_can_not_hold_what_is_the_servers():
 
 def test_every_option_is_described():
     assert all(field.description for field in PowerOptions.model_fields.values())
+
+
+def test_options_that_are_no_pattern_survive_beside_a_checkpoints_pattern():
+    asked = {"pattern": "power", "executor": "reference", "reclaim": False}
+    merged = resolve(asked, {"pattern": "power", "window_blocks": 7})
+    assert (merged.executor, merged.reclaim) == ("reference", False)
+    assert merged.effective_pattern == preset("power", window_blocks=7)

@@ -114,7 +114,7 @@ def resolve(command_line: Mapping[str, Any] | None, checkpoint: Mapping[str, Any
             f"{stored.set_by_user}), the command line asks for {merged.effective_pattern} ({COMMAND_LINE}: {asked}). "
             'Leave the pattern out of the command line, or say "override_checkpoint": true to serve it all the same.'
         )
-    return merged
+    return options.model_copy(update=merged.set_by_user)
 
 
 def of_config(vllm_config: "VllmConfig") -> PowerOptions:
