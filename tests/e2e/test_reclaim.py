@@ -64,14 +64,17 @@ def test_same_answers(model: Path, worker: Worker, settings: dict[str, Any]) -> 
         assert on.peak < 0.9 * off.peak
 
 
-def test_drafts(model: Path, another_worker: Callable[..., Worker]) -> None:
-    """Speculative decoding, some drafts rejected, across block boundaries."""
-    drafting = {
-        "method": "ngram",
-        "num_speculative_tokens": 4,
-        "prompt_lookup_min": 1,
-        "prompt_lookup_max": 3,
-    }
+@pytest.mark.parametrize("method", ["ngram", "draft_model"])
+def test_drafts(
+    method: str, model: Path, small_model: Callable[..., Path], another_worker: Callable[..., Worker]
+) -> None:
+    """Speculative decoding, some drafts rejected, across block boundaries. The draft model runs the pattern too."""
+    drafting: dict[str, Any] = {"method": method, "num_speculative_tokens": 4}
+    if method == "ngram":
+        drafting |= {"prompt_lookup_min": 1, "prompt_lookup_max": 3}
+    else:
+        draft = small_model("llama", num_layers=1, num_heads=4, num_kv_heads=2, head_size=64)
+        drafting |= {"model": str(draft), "attention_backend": "power"}
     job = ([random_tokens(2800), random_tokens(3320)], [60, 60])
     served = []
     for on in (True, False):  # vLLM starts a drafting engine on a CPU once in a process
@@ -79,6 +82,7 @@ def test_drafts(model: Path, another_worker: Callable[..., Worker]) -> None:
             model, **SMALL_PAGES, speculative_config=drafting, additional_config={"power": {"reclaim": on}}
         )
         served.append(engine.call(reclaim.serve, *job))
+        assert ("and 1 that draft" in engine.log.read_text()) is (method == "draft_model")
         counts = engine.call(metrics)
         accepted = counts["vllm:spec_decode_num_accepted_tokens"]
         assert accepted < counts["vllm:spec_decode_num_draft_tokens"]
