@@ -30,10 +30,11 @@ def pattern_command(context: typer.Context) -> None:
 @app.command("demo")
 def demo_command(
     model: Annotated[
-        str | None, typer.Option(help="A model to serve: a folder or a name. [default: a small random one]")
+        str | None,
+        typer.Option(help="A model to serve: a folder or a name.", show_default="a small random one"),
     ] = None,
     cache: Annotated[
-        Path | None, typer.Option(help="Where the small model is kept. [default: ~/.cache/vllm-power]")
+        Path | None, typer.Option(help="Where the small model is kept.", show_default="~/.cache/vllm-power")
     ] = None,
     backend: Annotated[str, typer.Option(help="Another attention backend of vLLM, to compare.")] = "power",
     long_tokens: Annotated[
