@@ -9,7 +9,8 @@ passkey = typer.Typer(no_args_is_help=True)
 
 Minutes = Annotated[float, typer.Option(min=0.01, help="Length of the training; compiling comes on top.")]
 Results = Annotated[
-    Path | None, typer.Option(help="Append the rows to passkey.jsonl there. [default: the folder itself]")
+    Path | None,
+    typer.Option(help="Append the rows to passkey.jsonl there.", show_default="the folder itself"),
 ]
 PerDepth = Annotated[int, typer.Option(min=1, help="Passkeys for each length and twentieth of the depth.")]
 
@@ -51,7 +52,8 @@ def train_command(
 def evaluate_command(
     folder: Annotated[Path, typer.Argument(help="A folder of `passkey train`.")],
     pattern: Annotated[
-        str | None, typer.Option(help="The pattern to run under. [default: the one it was trained under]")
+        str | None,
+        typer.Option(help="The pattern to run under.", show_default="the one it was trained under"),
     ] = None,
     results: Results = None,
     per_depth: PerDepth = 20,
