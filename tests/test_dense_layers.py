@@ -36,6 +36,7 @@ def test_an_index_outside_names_the_models_count(value):
     "value, message",
     [
         ("3-1", "runs backwards"),
+        ("0-300000000", "no model has"),
         ("a", "neither a layer nor a range"),
         ("1-", "neither a layer nor a range"),
         ({"every": 7}, "dense_layers"),
@@ -63,6 +64,7 @@ def test_two_names_of_the_same_layers_are_no_contradiction():
         ("model.layers.1.self_attn.attn", "generate", False, False),
         ("language_model.model.layers.3.self_attn.attn", "generate", True, False),
         ("model.layers.4.self_attn.attn", "generate", True, True),  # a drafting head's layer
+        ("mtp.layers.0.self_attn.attn", "generate", True, True),
         ("draft_model.model.layers.1.self_attn.attn", "generate", True, True),
         ("model.layers.1.self_attn.attn", "draft", True, True),
     ],

@@ -5,6 +5,8 @@ from typing import Any
 
 DenseLayers = Sequence[int] | str | Mapping[str, int]
 
+MOST = 10_000  # more layers than any model has: what goes past it is a slip, and must not fill the memory
+
 
 def indices(value: DenseLayers, num_layers: int) -> frozenset[int]:
     """The indices that ``value`` names in a model of ``num_layers`` layers.
@@ -54,5 +56,7 @@ def _ranges(text: str) -> list[int]:
             raise ValueError(f'dense_layers: {part!r} is neither a layer nor a range like "26-27"')
         if int(last or first) < int(first):
             raise ValueError(f"dense_layers: the range {part} runs backwards")
+        if int(last or first) > MOST:
+            raise ValueError(f"dense_layers: {part} names layers that no model has")
         named.extend(range(int(first), int(last or first) + 1))
     return named

@@ -74,8 +74,9 @@ def stays_dense(layer_name: str, vllm_config: VllmConfig) -> bool:
 
 
 def drafts(layer_name: str, vllm_config: VllmConfig) -> bool:
-    """Whether the layer belongs to a draft model, or to a drafting head, whose layers are numbered on from the last."""
+    """Whether the layer belongs to a draft model, or to a drafting head: vLLM names these ``mtp.``, or numbers their
+    layers on from the model's last."""
     model = vllm_config.model_config
-    if model.runner_type == "draft" or layer_name.startswith("draft_model."):
+    if model.runner_type == "draft" or layer_name.startswith(("draft_model.", "mtp.")):
         return True
     return extract_layer_index(layer_name) >= model.get_total_num_hidden_layers()

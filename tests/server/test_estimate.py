@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vllm_power.bench.results import last_run
 from vllm_power.lifetimes import lifetimes
 from vllm_power.pattern import NAMES, POWER, Pattern, preset
 from vllm_power.server import estimate as estimates
@@ -205,7 +206,7 @@ def test_time_of_a_decode_kernel(pattern: Pattern, row: dict[str, Any]):
 
 
 def test_the_comparison_in_the_docs_is_this_one():
-    """Every line of its table: the model's times as they are now, the measured ones as some row has them."""
+    """Every line of its table: the model's times as they are now, the measured ones as the last run has them."""
     text = (ROOT / "docs" / "explore.md").read_text()
     lines = [
         line.strip("| ").split(" | ")
@@ -216,7 +217,7 @@ def test_the_comparison_in_the_docs_is_this_one():
         line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| decode step |")
     ]
     assert len(lines) >= 9
-    recorded = {f"{row['median_ms']:.4g}" for row in rows("serve") if "median_ms" in row}
+    recorded = {f"{row['median_ms']:.4g}" for row in last_run(rows("serve")) if "median_ms" in row}
     for name, batch, context, *cells in lines:
         what = {"time to first token": "ttft", "decode step": "decode_step"}[name]
         model = modelled(what, int(batch), int(context.replace(",", "")))
@@ -327,6 +328,17 @@ def test_a_config_json_is_read(more, expected):
         (CONFIG | {"power_attention": {"dense_layers": [4]}}, "names layer 4"),
         (CONFIG | {"num_hidden_layers": "four"}, "no num_hidden_layers"),
         (CONFIG | {"num_hidden_layers": 0}, "greater than or equal to 1"),
+        (CONFIG | {"num_attention_heads": 0}, "not that of a language model"),
+        (CONFIG | {"text_config": "x"}, "not that of a language model"),
+        (CONFIG | {"layer_types": 5}, "not that of a language model"),
+        (CONFIG | {"power_attention": "x"}, "not that of a language model"),
+        # What would fill the memory is refused before it is counted.
+        (CONFIG | {"power_attention": {"dense_layers": "0-300000000"}}, "no model has"),
+        (
+            CONFIG
+            | {"num_hidden_layers": 10**8, "power_attention": {"dense_layers": {"every": 1, "keep": 1}}},
+            "less than or equal to 1024",
+        ),
     ],
 )
 def test_a_config_json_that_cannot_be_planned_says_why(config, reason):

@@ -12,6 +12,7 @@ from vllm_power.visible_counts import visible_counts
 MAX_TOKENS = 1 << 24
 # Looking at more block pairs than this would take seconds. 1,048,576 tokens under the default pattern: 160,000.
 MAX_PAIRS = 2_000_000
+MAX_BLOCKS = 65_536  # 16M tokens in blocks of 256; a drawing keeps some numbers for each
 # Sequences up to so many blocks are sent whole, as a picture has them; of longer ones the last row is enough.
 MAX_ROWS = 128
 
@@ -51,6 +52,10 @@ class Drawing(BaseModel):
     def _within_reach(self) -> "Drawing":
         pattern = self.pattern
         blocks = pattern.num_blocks(self.tokens)
+        if blocks > MAX_BLOCKS:
+            raise ValueError(
+                f"{blocks} blocks are too many to look at: ask for fewer tokens, or a larger block_size"
+            )
         if self.block >= blocks:
             raise ValueError(
                 f"query block {self.query} is outside the {blocks} blocks of {self.tokens} tokens"
@@ -66,7 +71,7 @@ class Drawing(BaseModel):
         return self
 
 
-@lru_cache(maxsize=128)
+@lru_cache(maxsize=16)
 def draw(drawing: Drawing) -> dict[str, Any]:
     """The drawing as JSON has it. Blocks are counted from 0; Q is the query block, N the number of blocks.
 

@@ -49,13 +49,21 @@ def post_shape(config: Annotated[dict[str, Any], Body()]) -> dict[str, Any]:
 
 
 def served(vllm_config: "VllmConfig") -> tuple[str, shapes.Shape] | None:
-    """The name and shape of the model that an engine serves, for ``app.state.power_shape``; None for an odd one."""
+    """The name and shape of the model that an engine serves, for ``app.state.power_shape``; None for an odd one.
+
+    Raises nothing: the page must not keep a server from starting.
+    """
+    from vllm.logger import init_logger
+
     from vllm_power import options
 
     model = vllm_config.model_config
     try:
         shape = shapes.of_config(model.hf_text_config.to_dict())
         dense = options.of_config(vllm_config).dense_layer_indices(shape.layers)
-    except ValueError:
+    except Exception as error:
+        init_logger("vllm.power").info(
+            "PowerAttention: the page's planner does not know this model: %r", error
+        )
         return None
     return str(model.served_model_name), shape.model_copy(update={"dense_layers": len(dense)})

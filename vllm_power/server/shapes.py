@@ -80,7 +80,13 @@ def of_config(config: Mapping[str, Any]) -> Shape:
 
     Raises ValueError where a number is missing, or where PowerAttention does not serve such a model.
     """
-    config = config.get("text_config") or config
+    try:
+        return _of_config(config.get("text_config") or config)
+    except (AttributeError, TypeError, ZeroDivisionError) as error:
+        raise ValueError(f"config.json is not that of a language model: {error}") from None
+
+
+def _of_config(config: Mapping[str, Any]) -> Shape:
     if config.get("kv_lora_rank"):
         raise ValueError(
             "multi-head latent attention (kv_lora_rank) is not served by PowerAttention, so there is nothing to plan"
@@ -91,13 +97,12 @@ def of_config(config: Mapping[str, Any]) -> Shape:
         )
     shape: dict[str, Any] = {name: _first(config, *names) for name, names in _NAMES.items()}
     for name, value in shape.items():
-        if not isinstance(value, int):
+        if type(value) is not int:
             raise ValueError(f"config.json has no {_NAMES[name][0]}: it is not that of a language model")
     experts = _first(config, "num_experts", "num_local_experts", "n_routed_experts") or 0
     intermediate = _first(config, "intermediate_size", "n_inner") or 4 * shape["hidden_size"]
     window_layers, window = _windows(config, shape["layers"])
-    trained = config.get("power_attention") or {}
-    return Shape(
+    planned = Shape(
         **shape,
         kv_heads=_first(config, "num_key_value_heads") or shape["heads"],
         head_size=_first(config, "head_dim") or shape["hidden_size"] // shape["heads"],
@@ -110,8 +115,11 @@ def of_config(config: Mapping[str, Any]) -> Shape:
         expert_size=(_first(config, "moe_intermediate_size") or intermediate) if experts else 0,
         window_layers=window_layers,
         window_tokens=window,
-        dense_layers=len(indices(trained.get("dense_layers", []), shape["layers"])),
     )
+    # Counted once the number of layers is known to be one of a model.
+    trained = config.get("power_attention") or {}
+    dense = indices(trained.get("dense_layers", []), planned.layers)
+    return planned.model_copy(update={"dense_layers": len(dense)})
 
 
 def of_path(path: Path) -> Shape:
