@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import entry_points
 from typing import BinaryIO
 
-ACTIVE = b"PowerAttention: "
+ACTIVE = re.compile(rb"PowerAttention: .* attention layers")
 # vLLM logs this when the engine is up, just before it listens (entrypoints/launchers/api_server/entry.py).
 LISTENING = b"Starting vLLM server on "
 QUIET_LEVELS = {"WARNING", "WARN", "ERROR", "CRITICAL", "FATAL"}
@@ -135,7 +135,7 @@ def pass_on(output: BinaryIO, give_up: Callable[[], None] | None) -> None:
             continue
         *lines, rest = re.split(rb"[\r\n]", rest + chunk)
         for line in lines:
-            if ACTIVE in line:
+            if ACTIVE.search(line):
                 give_up = None
                 break
             if LISTENING in line:

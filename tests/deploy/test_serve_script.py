@@ -123,6 +123,12 @@ def test_a_server_without_the_backend_is_stopped(script):
     assert time.monotonic() - started < 15
 
 
+def test_a_warning_of_ours_does_not_prove_the_backend(script):
+    warning = "WARNING [platform.py:90] PowerAttention: there will be no metrics of it: OSError()"
+    status, *_ = finish(script(f"echo '{warning}'; echo '{LISTENING}'; exec sleep 30", "m"))
+    assert status == 3
+
+
 def test_lines_that_arrive_in_pieces_are_read_whole(script):
     pieces = f"printf '{ACTIVE[:30]}'; sleep 0.3; printf '{ACTIVE[30:]}\\r{LISTENING}\\n'; exit 7"
     assert finish(script(pieces, "m"))[0] == 7
