@@ -1,10 +1,12 @@
 """Refusals that need no engine: each names the cause and the remedy."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 
 from vllm_power import refusals
+from vllm_power.executors import Choice
 
 
 def config(power=None, block_size=128, cache_dtype="auto"):
@@ -63,3 +65,15 @@ def test_dense_layers_over_fp8():
     refusals.check_dense_layer(SimpleNamespace(), "fp8")
     with pytest.raises(ValueError, match="Leave out dense_layers"):
         refusals.check_dense_layer(wants_quantised, "fp8")
+
+
+@pytest.mark.parametrize("version, refused", [(2, True), (3, False)])
+def test_sinks_are_refused_where_flash_attention_does_not_know_them(monkeypatch, version, refused):
+    from vllm.v1.attention.backends import fa_utils
+
+    monkeypatch.setattr(fa_utils, "get_flash_attn_version", lambda: version)
+    ours, theirs = Choice("triton", "triton"), Choice("triton", "flash_attn")
+    refusals.check_sinks(object(), ours)
+    refusals.check_sinks(None, theirs)
+    with pytest.raises(ValueError, match="attention sinks") if refused else nullcontext():
+        refusals.check_sinks(object(), theirs)

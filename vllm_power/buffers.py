@@ -34,6 +34,7 @@ class StepBuffers:
         page_size: int,
         device: torch.device,
     ) -> None:
+        self.shape = (num_heads, num_kv_heads, head_size, page_size)
         scheduler = vllm_config.scheduler_config
         rows = decode.MAX_ROWS // (num_heads // num_kv_heads)
         self.decode_len = max(1, min(max_decode_query_len(vllm_config), rows))
@@ -52,10 +53,14 @@ class StepBuffers:
 
 
 def reserve(impl: Any, device: torch.device) -> None:
-    """While vLLM profiles memory: make the buffers of the model of ``impl``, a layer's implementation, once."""
+    """While vLLM profiles memory: make the buffers of the model of ``impl``, a layer's implementation, once.
+
+    vLLM runs layers without metadata later too, when the first builder has taken them: then nothing is made.
+    """
     layers = impl.vllm_config.compilation_config.static_forward_context.values()
-    if any(getattr(getattr(layer, "impl", None), "buffers", None) for layer in layers):
+    if any(getattr(getattr(layer, "impl", None), "has_reserved", False) for layer in layers):
         return
+    impl.has_reserved = True
     impl.buffers = StepBuffers(
         impl.vllm_config,
         impl.num_heads,
@@ -81,6 +86,6 @@ def take(
     for impl in impls:
         if reserved := getattr(impl, "buffers", None):
             impl.buffers = None
-            if reserved.decodes.page_size == page_size:
+            if reserved.shape == (num_heads, num_kv_heads, head_size, page_size):
                 return reserved
     return StepBuffers(vllm_config, num_heads, num_kv_heads, head_size, page_size, device)

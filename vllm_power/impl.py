@@ -7,10 +7,10 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
-from vllm_power import buffers
+from vllm_power import buffers, refusals
 from vllm_power.executors import LayerCall
 from vllm_power.hybrid import LayerImpl
-from vllm_power.metadata import PowerMetadata
+from vllm_power.metadata import PowerMetadata, executors_of
 
 
 class PowerImpl(LayerImpl, AttentionImpl[PowerMetadata]):
@@ -41,8 +41,10 @@ class PowerImpl(LayerImpl, AttentionImpl[PowerMetadata]):
         self.kv_cache_dtype = kv_cache_dtype
         self.soft_cap = float(logits_soft_cap or 0.0)
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
+        refusals.check_sinks(sinks, executors_of(self.vllm_config))
         self.sinks = sinks
         self.buffers: buffers.StepBuffers | None = None
+        self.has_reserved = False
         self.is_fp8 = is_quantized_kv_cache(kv_cache_dtype)
 
     def forward(

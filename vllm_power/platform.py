@@ -120,7 +120,7 @@ def _report(vllm_config: "VllmConfig") -> None:
     reason = why_not(vllm_config)
     stage.tell(vllm_config, executor, reason or "on")
     if not sparse and vllm_config.parallel_config.pipeline_parallel_size > 1:
-        return  # this rank's layers all stay dense; another's need not
+        return  # this rank's layers all stay dense; another's need not (figures.steps looks at all of them)
     refusals.check_any_layer(len(sparse), len(layers))
     pattern = options.of_config(vllm_config).effective_pattern
     max_len = vllm_config.model_config.max_model_len

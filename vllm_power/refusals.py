@@ -75,6 +75,21 @@ def check_alibi(alibi_slopes: Any) -> None:
         _refuse("ALiBi needs the distance to each key, which is lost where blocks are left out")
 
 
+def check_sinks(sinks: Any, executors: Any) -> None:
+    """Refuse a model's attention sinks on kernels that do not know them. Raises ValueError.
+
+    executors: ``executors.Choice``.
+    """
+    if sinks is not None and "flash_attn" in (executors.prefill, executors.decode):
+        from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+
+        if get_flash_attn_version() == 2:
+            _refuse(
+                "FlashAttention 2, the executor flash_attn on this GPU, does not know attention sinks",
+                'Use the executor "triton".',
+            )
+
+
 def check_causal(step: Any) -> None:
     """Refuse a step (vLLM's CommonAttentionMetadata) that looks ahead. Raises NotImplementedError."""
     if step.causal is not True:

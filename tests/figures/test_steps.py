@@ -168,6 +168,17 @@ def test_workers_that_are_not_heard(
     assert not any(name.startswith(("layer_executions", "layers.")) for name in shown)
 
 
+def test_a_model_without_a_layer_for_it_is_refused_whatever_its_stages(
+    engine: Callable[..., SchedulerAlone], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker of a pipeline sees its own stage alone, and must let one without a sparse layer pass."""
+    windows = {"sparse": [], "dense": [], "sliding_window": [0, 1]}
+    note = {"layers": windows, "executor": None, "page_size": 256, "reclamation": "on"}
+    monkeypatch.setattr(board, "notes", lambda prefix: {"stage-0-0": note})
+    with pytest.raises(ValueError, match="none of the 2 attention layers"):
+        engine(500, **SETTINGS)
+
+
 def test_reclamation_is_on_where_a_cache_reclaims(engine: Callable[..., SchedulerAlone]) -> None:
     """Not where the workers only say so."""
     told = []

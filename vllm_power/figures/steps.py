@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 
-from vllm_power import options
+from vllm_power import options, refusals
 from vllm_power.figures import board, names, stage, writer
 from vllm_power.figures.names import Figure
 from vllm_power.visible_counts import visible_counts
@@ -39,6 +39,10 @@ class CountedScheduler:
             self.power_steps = StepCounter(self.vllm_config, self)  # type: ignore[attr-defined]
         except Exception as error:
             logger.warning("PowerAttention: there are no metrics of it, its engine can not count: %r", error)
+        # A stage of a pipeline may have no layer for the pattern; here all stages are known.
+        if self.power_steps is not None and self.power_steps.layers is not None:
+            numbers = {kind: len(indices) for kind, indices in self.power_steps.layers.items()}
+            refusals.check_any_layer(numbers[names.SPARSE], sum(numbers.values()))
 
     def update_from_output(self, scheduler_output: "SchedulerOutput", *args: Any, **kwargs: Any) -> Any:
         outputs = super().update_from_output(scheduler_output, *args, **kwargs)  # type: ignore[misc]
@@ -85,6 +89,7 @@ class StepCounter:
         ]
         self._value(names.RECLAMATION_ENABLED).set(bool(self.managers))
         self.executions: list[tuple[writer.Value, int]] = []
+        self.layers: dict[str, list[int]] | None = None  # of all stages, where they are known
         self._introduce(vllm_config, asked)
         self.counting.set(1)
 
@@ -153,6 +158,7 @@ class StepCounter:
     def _introduce(self, vllm_config: "VllmConfig", asked: options.PowerOptions) -> None:
         """Say what runs, by what the workers found in the model that they built (``stage``)."""
         found = stage.whole(self.engine, vllm_config.parallel_config.pipeline_parallel_size)
+        self.layers = found["layers"]
         for kind, indices in (found["layers"] or {}).items():
             self._value(names.LAYERS, attention=kind).set(len(indices))
             self.executions.append((self._value(names.LAYER_EXECUTIONS, attention=kind), len(indices)))
