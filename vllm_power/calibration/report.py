@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from vllm_power.bench.figures import pyplot, save
 from vllm_power.calibration.choose import Choice
 from vllm_power.options import PatternOptions
 
@@ -97,16 +98,10 @@ def show(console: Console, told: Row, layers: list[Row]) -> None:
 
 def plot(told: Row, layers: list[Row], title: str, path: Path) -> None:
     """Both measures by layer, the proposed layers filled."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "vllm-power"  # the same rows give the same file
-    import matplotlib.pyplot as plt
-
     ordered = sorted(layers, key=lambda row: row["layer"])
     colours = ["tab:blue" if row["dense"] else "lightgrey" for row in ordered]
     names = [str(row["layer"]) for row in ordered]
-    figure, panels = plt.subplots(2, 1, figsize=(max(7, 0.3 * len(ordered)), 5), sharex=True)
+    figure, panels = pyplot().subplots(2, 1, figsize=(max(7, 0.3 * len(ordered)), 5), sharex=True)
     for axes, field, label in (
         (panels[0], "output_error", "output error"),
         (panels[1], "kl_alone", "KL alone, nats a token"),
@@ -120,6 +115,4 @@ def plot(told: Row, layers: list[Row], title: str, path: Path) -> None:
         f"with the proposed ones dense {told['sets'][told['best']]['kl']:.3g}",
         fontsize="medium",
     )
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
+    save(figure, path)

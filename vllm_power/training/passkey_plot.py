@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from vllm_power.bench.figures import pyplot, save
 from vllm_power.pattern import NAMES
 
 Row = dict[str, Any]
@@ -32,14 +33,8 @@ def accuracy(rows: list[Row]) -> dict[str, dict[int, float]]:
 
 def plot(folder: Path) -> Path:
     """Draw ``folder``/passkey.svg from ``folder``/passkey.jsonl. Raises FileNotFoundError where there is none."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "vllm-power"  # the same rows give the same file
-    import matplotlib.pyplot as plt
-
     found = accuracy([json.loads(line) for line in (folder / "passkey.jsonl").read_text().splitlines()])
-    figure, axes = plt.subplots(figsize=(7, 4))
+    figure, axes = pyplot().subplots(figsize=(7, 4))
     for pattern in sorted(found, key=NAMES.index):
         axes.plot(
             list(found[pattern]),
@@ -56,8 +51,4 @@ def plot(folder: Path) -> Path:
     axes.set_ylim(-3, 103)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.tight_layout()
-    path = folder / "passkey.svg"
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
-    return path
+    return save(figure, folder / "passkey.svg")
