@@ -159,12 +159,14 @@ class Pattern:
         """Sequences up to this many tokens are plain causal attention: 1,536 for the default power pattern."""
         return self.dense_blocks * self.block_size
 
+    def visible_counts(self, blocks: int) -> list[int]:
+        """Visible blocks of the query blocks 0..``blocks`` - 1. The leading ones see all before them, uncounted."""
+        dense = min(blocks, self.dense_blocks)
+        return [*range(1, dense + 1), *(len(self.visible_blocks(q)) for q in range(dense, blocks))]
+
     def visible_pairs(self, num_tokens: int) -> int:
         """Visible (query block, key block) pairs over a sequence of ``num_tokens`` tokens."""
-        blocks = self.num_blocks(num_tokens)
-        if self.name == "full":
-            return blocks * (blocks + 1) // 2
-        return sum(len(self.visible_blocks(q)) for q in range(blocks))
+        return sum(self.visible_counts(self.num_blocks(num_tokens)))
 
     def density(self, num_tokens: int) -> float:
         """Share of the causal block pairs of ``num_tokens`` tokens that is visible, 0 to 1."""

@@ -17,7 +17,6 @@ from vllm.logger import init_logger
 from vllm_power import options, refusals
 from vllm_power.figures import board, names, stage, writer
 from vllm_power.figures.names import Figure
-from vllm_power.visible_counts import visible_counts
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -62,7 +61,7 @@ class StepCounter:
         pattern, max_model_len = asked.effective_pattern, vllm_config.model_config.max_model_len
         self.shift = pattern.block_size.bit_length() - 1
         # Optimistic lengths may run past the last block.
-        self.visible = visible_counts(pattern, pattern.num_blocks(max_model_len) + 2)
+        self.visible = pattern.visible_counts(pattern.num_blocks(max_model_len) + 2)
         self.visible_before = [0, *accumulate(self.visible)]
 
         self.counting = self._value(names.COUNTING)  # 0 until all is there

@@ -7,7 +7,6 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from vllm_power.lifetimes import lifetimes
 from vllm_power.pattern import Pattern, preset
-from vllm_power.visible_counts import visible_counts
 
 MAX_TOKENS = 1 << 24
 # Looking at more block pairs than this would take seconds. 1,048,576 tokens under the default pattern: 160,000.
@@ -83,7 +82,7 @@ def draw(drawing: Drawing) -> dict[str, Any]:
     """
     pattern, query = drawing.pattern, drawing.block
     blocks = pattern.num_blocks(drawing.tokens)
-    counts = visible_counts(pattern, blocks)
+    counts = pattern.visible_counts(blocks)
     hops = pattern.hops(query)
     return {
         "pattern": describe(pattern),
