@@ -117,15 +117,18 @@ def resolve(command_line: Mapping[str, Any] | None, checkpoint: Mapping[str, Any
     return options.model_copy(update=merged.set_by_user)
 
 
+def stored_in(*configs: Any) -> Mapping[str, Any] | None:
+    """What a model stores under ``power_attention``: of its Hugging Face configurations, the first that has it."""
+    return next((found for config in configs if (found := getattr(config, "power_attention", None))), None)
+
+
 def of_config(vllm_config: "VllmConfig") -> PowerOptions:
     """The options in force for an engine. Raises ValueError as :func:`resolve` does."""
     command_line = None
     if isinstance(vllm_config.additional_config, Mapping):
         command_line = vllm_config.additional_config.get("power")
-    checkpoint = None
-    if vllm_config.model_config is not None:
-        for config in (vllm_config.model_config.hf_config, vllm_config.model_config.hf_text_config):
-            checkpoint = checkpoint or getattr(config, "power_attention", None)
+    model = vllm_config.model_config
+    checkpoint = None if model is None else stored_in(model.hf_config, model.hf_text_config)
     return resolve(command_line, checkpoint)
 
 

@@ -90,11 +90,8 @@ def run(
 
 def _stored(config: Any) -> options.PatternOptions | None:
     """The checkpoint's options, as the server reads them."""
-    for part in (config, config.get_text_config()):
-        found = getattr(part, "power_attention", None)
-        if found:
-            return options.PatternOptions(**options.resolve(None, found).set_by_user)
-    return None
+    found = options.stored_in(config, config.get_text_config())
+    return options.PatternOptions(**options.resolve(None, found).set_by_user) if found else None
 
 
 def _options(given: str | None, stored: options.PatternOptions | None) -> options.PatternOptions:

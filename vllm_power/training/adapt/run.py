@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from vllm_power.bench import results
-from vllm_power.options import PatternOptions, resolve
+from vllm_power.options import PatternOptions, resolve, stored_in
 from vllm_power.training.adapt import data, report
 from vllm_power.training.adapt.evaluate import perplexities
 from vllm_power.training.adapt.export import export, save_weights
@@ -85,8 +85,8 @@ def run(settings: Settings, output: Path, save_every: int = 100) -> None:
 
 def pattern_options(settings: Settings, config: Any) -> PatternOptions:
     """What --power says, or the checkpoint; the same pattern in both, as for the server."""
-    stored = getattr(config.get_text_config(), "power_attention", None)
-    return PatternOptions(**resolve(settings.power, stored).set_by_user)
+    checkpoint = stored_in(config, config.get_text_config())
+    return PatternOptions(**resolve(settings.power, checkpoint).set_by_user)
 
 
 def check_model(settings: Settings, config: Any, options: PatternOptions) -> None:
