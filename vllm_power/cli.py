@@ -7,6 +7,7 @@ import typer
 
 from vllm_power.calibration.command import calibrate_command
 from vllm_power.evals.command import eval_command
+from vllm_power.probing.command import probe_command
 from vllm_power.training.adapt.command import adapt_command
 from vllm_power.training.command import passkey
 
@@ -150,6 +151,7 @@ app.command("eval", context_settings={"allow_extra_args": True})(eval_command)
 
 app.command("calibrate")(calibrate_command)
 app.command("adapt")(adapt_command)
+app.command("probe")(probe_command)
 
 
 @app.command("version")

@@ -101,10 +101,7 @@ def _options(given: str | None, stored: options.PatternOptions | None) -> option
         return options.PatternOptions(
             **{name: value for name, value in kept.items() if name != "dense_layers"}
         )
-    try:
-        asked = json.loads(given)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--options is not JSON: {error}") from None
-    if isinstance(asked, dict) and "dense_layers" in asked:
+    asked = options.of_json(given, "--options")
+    if "dense_layers" in asked:
         raise ValueError(REMEDY_DENSE)
     return options.PatternOptions(**options.resolve(asked, None).set_by_user)

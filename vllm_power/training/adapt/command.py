@@ -1,10 +1,11 @@
 """The options of `vllm-power adapt`."""
 
-import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
+
+from vllm_power.options import of_json
 
 
 def adapt_command(
@@ -62,7 +63,7 @@ def adapt_command(
         settings = Settings(
             model=model,
             data=tuple(map(str, data)),
-            power=_object(power),
+            power=of_json(power or "{}", "--power"),
             stages=stages_of(stages),
             held_out=tuple(map(str, held_out or ())),
             field=field,
@@ -81,10 +82,3 @@ def adapt_command(
     except (OSError, ValueError, FloatingPointError, Stopped) as error:
         typer.echo(f"adapt: {error}", err=True)
         raise typer.Exit(1) from None
-
-
-def _object(power: str | None) -> dict[str, Any]:
-    try:
-        return json.loads(power or "{}")
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--power is not JSON: {error}") from None
