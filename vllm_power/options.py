@@ -6,7 +6,6 @@ that is an error, unless ``override_checkpoint`` says that it is meant.
 """
 
 import difflib
-import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -116,17 +115,6 @@ def resolve(command_line: Mapping[str, Any] | None, checkpoint: Mapping[str, Any
             'Leave the pattern out of the command line, or say "override_checkpoint": true to serve it all the same.'
         )
     return options.model_copy(update=merged.set_by_user)
-
-
-def of_json(text: str, source: str) -> dict[str, Any]:
-    """The object that an option of a command holds as JSON; ``source`` names it in errors. Raises ValueError."""
-    try:
-        found = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{source} is not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{source} must be a JSON object such as {{\"block_size\": 64}}, not {text}")
-    return found
 
 
 def stored_in(*configs: Any) -> Mapping[str, Any] | None:

@@ -11,6 +11,7 @@ from vllm_power import options
 from vllm_power.calibration import choose, report
 from vllm_power.calibration.measure import Probe
 from vllm_power.calibration.text import windows
+from vllm_power.json_option import json_object
 from vllm_power.training import layers
 
 REMEDY_DENSE = "dense_layers is what calibrate looks for: leave it out of --options"
@@ -101,7 +102,7 @@ def _options(given: str | None, stored: options.PatternOptions | None) -> option
         return options.PatternOptions(
             **{name: value for name, value in kept.items() if name != "dense_layers"}
         )
-    asked = options.of_json(given, "--options")
+    asked = json_object(given, "--options")
     if "dense_layers" in asked:
         raise ValueError(REMEDY_DENSE)
     return options.PatternOptions(**options.resolve(asked, None).set_by_user)

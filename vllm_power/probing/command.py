@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from vllm_power.json_option import json_object
+
 # Any tokenizer can tell numbers apart, the small model's too. The paper has six words: apple,banana,cherry,...
 KEYS = "48213,07946,91350,26871,53094,60782"
 
@@ -29,7 +31,6 @@ def probe_command(
 ) -> None:
     """Which blocks of which layers know a key hidden in the text: a linear probe for each, drawn as a heatmap."""
     try:
-        from vllm_power.options import of_json
         from vllm_power.probing.run import run
     except ModuleNotFoundError as error:
         typer.echo(f"{error.name} is not installed: pip install 'vllm-power[train,eval]'", err=True)
@@ -40,7 +41,7 @@ def probe_command(
             raise ValueError("a probe wants at least two --keys and eight --samples of each")
         run(
             model,
-            options=None if options is None else of_json(options, "--options"),
+            options=None if options is None else json_object(options, "--options"),
             keys=told,
             tokens=tokens,
             depth=depth,

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from vllm_power.options import of_json
+from vllm_power.json_option import json_object
 
 
 def adapt_command(
@@ -63,7 +63,7 @@ def adapt_command(
         settings = Settings(
             model=model,
             data=tuple(map(str, data)),
-            power=of_json(power or "{}", "--power"),
+            power=json_object(power or "{}", "--power"),
             stages=stages_of(stages),
             held_out=tuple(map(str, held_out or ())),
             field=field,
