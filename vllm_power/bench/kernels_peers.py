@@ -155,9 +155,11 @@ def flex(work: Work, layer: int) -> Call:
 
 
 def xformers_plan(work: Work, layer: int) -> Call:
-    """xformers' paged attention (its split-K decode) over the plan, on pages of at least 64 tokens."""
-    import xformers.ops as ops
-    from xformers.ops.fmha import triton_splitk
+    """xformers' paged attention (its split-K decode) over the plan, on pages of at least 64 tokens.
+
+    Called without xformers' dispatcher, which wants its C++ library to fit this PyTorch; a Triton kernel needs none.
+    """
+    from xformers.ops.fmha import Inputs, triton_splitk
     from xformers.ops.fmha.attn_bias import PagedBlockDiagonalCausalWithOffsetPaddedKeysMask
 
     plan, shape = work.merged_plan, work.shape
@@ -173,15 +175,11 @@ def xformers_plan(work: Work, layer: int) -> Call:
         cache.reshape(1, -1, shape.kv_heads, 1, shape.head_size).expand(-1, -1, -1, group, -1)
         for cache in work.caches[layer]
     )
-    return functools.partial(
-        ops.memory_efficient_attention_forward,
-        query,
-        key,
-        value,
-        attn_bias=bias,
-        scale=shape.scale,
-        op=triton_splitk.FwOp,
-    )
+    inputs = Inputs(query=query, key=key, value=value, attn_bias=bias, scale=shape.scale)
+    other = [why for why in triton_splitk.FwOp.not_supported_reasons(inputs) if "CUDA support" not in why]
+    if other:
+        raise ValueError("; ".join(other))
+    return functools.partial(triton_splitk.FwOp.apply, inputs, needs_gradient=False)
 
 
 PREFILL = (power, plan_fa3, dense_fa3, flex, triton_dense)

@@ -34,8 +34,7 @@ def answers(server: Server, model: str, long_tokens: int) -> Iterator[Answer]:
 
     Raises ServerFailed where the server refuses one or does not answer.
     """
-    # Straight to this machine, whatever proxy the environment names.
-    client = OpenAI(base_url=server.base_url, api_key="none", http_client=DefaultHttpxClient(trust_env=False))
+    client = client_of(server)
     settings: dict[str, Any] = {"model": model, "max_tokens": ANSWER_TOKENS, "temperature": 0}
     try:
         start = time.monotonic()
@@ -50,6 +49,11 @@ def answers(server: Server, model: str, long_tokens: int) -> Iterator[Answer]:
         yield answer("Long prompt", prompt, completion.choices[0].text, completion.usage, start)
     except OpenAIError as error:
         raise ServerFailed(f"a request was not answered: {error}", None, server.log) from error
+
+
+def client_of(server: Server) -> OpenAI:
+    """A client that goes straight to this machine, whatever proxy the environment names."""
+    return OpenAI(base_url=server.base_url, api_key="none", http_client=DefaultHttpxClient(trust_env=False))
 
 
 def answer(title: str, prompt: str, text: str, usage: Any, start: float) -> Answer:
