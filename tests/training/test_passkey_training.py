@@ -17,7 +17,7 @@ from vllm_power.training import passkey_run
 from vllm_power.training.passkey_eval import DEPTHS, evaluate
 from vllm_power.training.passkey_plot import accuracy, plot
 from vllm_power.training.passkey_run import Stopped, train
-from vllm_power.training.passkey_settings import TOY, Settings, Stage
+from vllm_power.training.passkey_settings import SIZES, TOY, Settings, Stage
 from vllm_power.training.train_passkey import Trainer
 
 CPU = torch.device("cpu")
@@ -96,10 +96,10 @@ def test_steps_are_whole_documents_of_whole_tiles():
 
 
 def test_the_command_trains_exports_and_measures(tmp_path, monkeypatch):
-    monkeypatch.setattr(passkey_run, "TOY", TINY)
+    monkeypatch.setitem(passkey_run.SIZES, "toy", TINY)
     monkeypatch.setattr(passkey_run, "CONTEXTS", (1_024, 2_048))
     run = CliRunner().invoke(
-        app, ["passkey", "train", str(tmp_path), "--toy", "--pattern", "longnet", "--per-depth", "1"]
+        app, ["passkey", "train", str(tmp_path), "--size", "toy", "--pattern", "longnet", "--per-depth", "1"]
     )
     assert run.exit_code == 0, run.output
     again = CliRunner().invoke(
@@ -116,10 +116,23 @@ def test_the_command_trains_exports_and_measures(tmp_path, monkeypatch):
     assert all("versions" in row and 0 <= row["correct"] <= row["total"] for row in rows)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_training_at_full_size_wants_a_gpu(tmp_path):
-    run = CliRunner().invoke(app, ["passkey", "train", str(tmp_path)])
-    assert run.exit_code == 1 and "--toy trains a toy" in run.output
+@pytest.mark.parametrize("gpu, expected", [(True, "gpu"), (False, "cpu")])
+def test_the_size_is_the_machines(tmp_path, monkeypatch, gpu, expected):
+    """And the minutes and the number of passkeys are the size's, where none are named."""
+    asked = []
+    monkeypatch.setattr(passkey_run, "_device", lambda: torch.device("cuda" if gpu else "cpu"))
+    monkeypatch.setattr(
+        passkey_run, "train", lambda settings, *rest: asked.append((settings, rest[1])) or exit(1)
+    )
+    assert CliRunner().invoke(app, ["passkey", "train", str(tmp_path)]).exit_code == 1
+    assert CliRunner().invoke(app, ["passkey", "train", str(tmp_path), "--minutes", "3"]).exit_code == 1
+    assert CliRunner().invoke(app, ["passkey", "train", str(tmp_path), "--size", "toy"]).exit_code == 1
+    machine = torch.device("cuda" if gpu else "cpu")
+    assert asked == [
+        (SIZES[expected], machine),
+        (replace(SIZES[expected], minutes=3), machine),
+        (TOY, CPU),
+    ]
 
 
 def test_accuracy_and_plot(tmp_path: Path):

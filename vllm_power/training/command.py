@@ -1,18 +1,34 @@
 """``vllm-power passkey``: train the small model under a pattern, evaluate it, draw the comparison."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 passkey = typer.Typer(no_args_is_help=True)
 
-Minutes = Annotated[float, typer.Option(min=0.01, help="Length of the training; compiling comes on top.")]
+Minutes = Annotated[
+    float | None,
+    typer.Option(
+        min=0.01, help="Length of the training; compiling comes on top.", show_default="gpu 15, cpu 55"
+    ),
+]
 Results = Annotated[
     Path | None,
     typer.Option(help="Append the rows to passkey.jsonl there.", show_default="the folder itself"),
 ]
-PerDepth = Annotated[int, typer.Option(min=1, help="Passkeys for each length and twentieth of the depth.")]
+PerDepth = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Passkeys for each length and twentieth of the depth.", show_default="20; on a CPU 3"
+    ),
+]
+Size = Annotated[
+    Literal["gpu", "cpu", "toy"] | None,
+    typer.Option(
+        help="Of model and training; a toy takes half a minute.", show_default="what the machine has"
+    ),
+]
 
 
 @passkey.callback()
@@ -24,12 +40,12 @@ def passkey_callback() -> None:
 def train_command(
     folder: Annotated[Path, typer.Argument(help="Where checkpoint, log and model go; goes on from there.")],
     pattern: Annotated[str, typer.Option(help="The pattern to train under.")] = "power",
-    minutes: Minutes = 15.0,
+    size: Size = None,
+    minutes: Minutes = None,
     seed: Annotated[int, typer.Option(help="Of weights and data.")] = 0,
     probe: Annotated[float, typer.Option(min=0.0, help="Weight of the probe's loss.")] = 1.0,
-    toy: Annotated[bool, typer.Option(help="Toy sizes that a CPU trains in half a minute.")] = False,
     results: Results = None,
-    per_depth: PerDepth = 20,
+    per_depth: PerDepth = None,
 ) -> None:
     """Train under one pattern, write FOLDER/model, and evaluate it at every length and depth."""
     from vllm_power.training.passkey_run import main
@@ -38,10 +54,10 @@ def train_command(
         main(
             folder,
             pattern=pattern,
+            size=size,
             minutes=minutes,
             seed=seed,
             probe=probe,
-            toy=toy,
             results=results or folder,
             per_depth=per_depth,
         )
@@ -56,7 +72,7 @@ def evaluate_command(
         typer.Option(help="The pattern to run under.", show_default="the one it was trained under"),
     ] = None,
     results: Results = None,
-    per_depth: PerDepth = 20,
+    per_depth: PerDepth = None,
 ) -> None:
     """Evaluate a trained model at every length and depth, under any pattern."""
     from vllm_power.training.passkey_run import evaluate_folder

@@ -43,6 +43,7 @@ def evaluate(
             "bench": "passkey",
             "pattern": pattern.name,
             "trained": trainer.settings.pattern,
+            "width": trainer.settings.width,
             "context": context,
             "depth": round((number + 0.5) / DEPTHS, 3),
             "correct": count,

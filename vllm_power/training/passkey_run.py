@@ -18,13 +18,14 @@ from vllm_power.bench import results as recorded
 from vllm_power.pattern import preset
 from vllm_power.training.passkey_eval import CONTEXTS, evaluate
 from vllm_power.training.passkey_export import export
-from vllm_power.training.passkey_settings import TOY, Settings
+from vllm_power.training.passkey_settings import SIZES, Settings
 from vllm_power.training.train_passkey import Tally, Trainer
 
 CHECKPOINT = "checkpoint.pt"
 LOG = "log.jsonl"
 STEPS_BETWEEN_REPORTS = 20
 SECONDS_BETWEEN_CHECKPOINTS = 60.0
+PER_DEPTH = {"cuda": 20, "cpu": 3}  # passkeys for each length and depth, where the user names no number
 
 
 class Stopped(Exception):
@@ -35,21 +36,27 @@ def main(
     folder: Path,
     *,
     pattern: str,
-    minutes: float,
+    size: str | None,
+    minutes: float | None,
     seed: int,
     probe: float,
-    toy: bool,
     results: Path,
-    per_depth: int,
+    per_depth: int | None,
 ) -> int:
-    """Train, export and evaluate; returns the exit status: 0, or 1 where it was stopped or can not run."""
+    """Train, export and evaluate; returns the exit status: 0, or 1 where it was stopped or can not run.
+
+    size: of ``SIZES``; None is "gpu" or "cpu", as the machine has it. minutes: None for the size's own.
+    """
     console = Console()
-    device = _device()
-    if device.type != "cuda" and not toy:
-        console.print("Training wants an NVIDIA GPU, and there is none here; --toy trains a toy on the CPU.")
+    size = size or ("gpu" if _device().type == "cuda" else "cpu")
+    device = (
+        _device() if size == "gpu" else torch.device("cpu")
+    )  # blocks of 16 are smaller than a GPU's tiles
+    if device.type != "cuda" and size == "gpu":
+        console.print("--size gpu wants an NVIDIA GPU, and there is none here.")
         return 1
-    settings = TOY if toy else replace(Settings(), minutes=minutes)
-    settings = replace(settings, pattern=pattern, seed=seed, probe=probe)
+    settings = SIZES[size]
+    settings = replace(settings, pattern=pattern, seed=seed, probe=probe, minutes=minutes or settings.minutes)
     try:
         trainer = train(settings, folder, device, console)
     except (Stopped, ValueError) as error:
@@ -60,14 +67,15 @@ def main(
     return 0
 
 
-def evaluate_folder(folder: Path, pattern: str | None, results: Path, per_depth: int) -> None:
+def evaluate_folder(folder: Path, pattern: str | None, results: Path, per_depth: int | None) -> None:
     """Evaluate the checkpoint in ``folder`` under ``pattern`` (None: its own)."""
     trainer = Trainer.of_checkpoint(folder / CHECKPOINT, _device())
     _evaluate(trainer, pattern or trainer.settings.pattern, results, per_depth, Console())
 
 
-def _evaluate(trainer: Trainer, pattern: str, results: Path, per_depth: int, console: Console) -> None:
+def _evaluate(trainer: Trainer, pattern: str, results: Path, per_depth: int | None, console: Console) -> None:
     settings = trainer.settings
+    per_depth = per_depth or PER_DEPTH[trainer.device.type]
     scale = (
         preset("power").block_size // settings.block_size
     )  # a toy's blocks, and so its lengths, are smaller
