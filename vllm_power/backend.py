@@ -60,7 +60,7 @@ class PowerBackend(AttentionBackend):
 
     @classmethod
     def get_supported_head_sizes(cls) -> list[int]:
-        return [64, 80, 96, 128, 192, 256]
+        return [32, 64, 80, 96, 128, 192, 256]
 
     @classmethod
     def supports_compute_capability(cls, capability: DeviceCapability) -> bool:

@@ -40,7 +40,7 @@ def test_page_sizes(page_size: int, device: torch.device) -> None:
     )
 
 
-@pytest.mark.parametrize("head_size", [64, 80, 96, 128, 192, 256], ids="head-{}".format)
+@pytest.mark.parametrize("head_size", [32, 64, 80, 96, 128, 192, 256], ids="head-{}".format)
 def test_head_sizes(head_size: int, device: torch.device) -> None:
     check(
         [Request(400, 70)], 16, device=device, dtype=torch.float16, heads=2, kv_heads=1, head_size=head_size
