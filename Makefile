@@ -15,7 +15,7 @@ setup: ## make .venv with vLLM for this machine (PYTHON=python3.12, DEVICE=cpu|c
 	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 or later is needed: there is no $(PYTHON)."; exit 1; }
 	@$(PYTHON) deploy/setup/environment.py --device $(DEVICE)
 
-demo: setup ## start a real server with the backend, ask it two things, stop it
+demo: setup ## start a real server with the backend, ask it for passkeys in long prompts, stop it
 	@$(BIN)/vllm-power demo
 
 test: setup ## every test (those for a GPU are skipped where there is none)

@@ -17,7 +17,7 @@ runner = CliRunner()
         (["--help"], "bench"),
         (["pattern", "--help"], "--window-blocks"),
         (["pattern", "power", "--tokens", "4096"], "7 blocks"),
-        (["demo", "--help"], "--long-tokens"),
+        (["demo", "--help"], "--tokens"),
         (["eval", "--help"], "--write-gate"),
         (["bench", "--help"], "cpu"),
         (["bench", "cpu", "--help"], "--seconds"),

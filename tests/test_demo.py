@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,10 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from vllm_power.demo import passkeys
 from vllm_power.demo import server as server_module
 from vllm_power.demo.model import FAMILIES, make_model
 from vllm_power.demo.run import run, shorten
 from vllm_power.demo.server import ServerFailed, last_lines, serve
+from vllm_power.training.passkey_data import ANSWER
+from vllm_power.training.passkey_export import make_tokenizer
 
 # Answers /health after a moment, writes down its arguments, and has a child process, as vLLM has.
 STAND_IN = """#!{python}
@@ -114,7 +118,7 @@ def test_a_server_that_never_answers_is_stopped(stand_in):
 
 def test_a_failed_demo_shows_the_log_and_fails(stand_in, monkeypatch, capsys):
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    assert run(model="--refuse", cache=None, backend="power", long_tokens=8192) == 1
+    assert run(model="--refuse", backend="power", tokens=None) == 1
     assert "the cause" in capsys.readouterr().out
 
 
@@ -195,15 +199,48 @@ def test_shorten():
 
 @pytest.mark.e2e
 @pytest.mark.slow
-def test_demo_answers_and_leaves_nothing_running(tmp_path):
-    command = [str(Path(sys.executable).with_name("vllm-power")), "demo", "--cache", str(tmp_path)]
+def test_passkeys_come_back_under_power_and_not_under_a_sliding_window():
+    """Out of 32,768 tokens, through two real servers, of which nothing is left running."""
+    command = [str(Path(sys.executable).with_name("vllm-power")), "demo"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=550)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "executor" in done.stdout  # the backend's own line in the server's log
-    assert "Chat" in done.stdout
-    assert "Block pairs read" in done.stdout
-    pid_of_log = f"serve {tmp_path}/demo-model"
-    assert pid_of_log not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    power, window = done.stdout.split("under another pattern")
+    assert "PowerAttention: power" in power
+    assert re.search("[45] of 5 passkeys came back", power)  # the model finds 24 of 25
+    assert power.count("32,760 tokens") == 5
+    assert "Block pairs read" in power
+    assert "PowerAttention: sliding_window" in window
+    assert "0 of 5 passkeys came back" in window
+    assert (
+        f"serve {passkeys.MODEL}"
+        not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    )
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
+def test_a_model_of_ones_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    model = make_model(tmp_path / "model", max_positions=4096)
+    assert run(model=str(model), backend="power", tokens=2000) == 0
+    said = capsys.readouterr().out
+    assert "executor" in said  # the backend's own line in the server's log
+    assert "Chat" in said
+    assert "Long prompt" in said
+    assert "Block pairs read" in said
+
+
+def test_prompts_hide_their_digits_once_and_end_with_the_question():
+    tokenizer = make_tokenizer()
+    for hidden, depth in zip(passkeys.hide(2000), passkeys.DEPTHS, strict=True):
+        assert hidden.prompt.count(f"The passkey is {hidden.digits}.") == 1
+        assert hidden.prompt.count(hidden.digits) == 1
+        assert hidden.prompt.endswith("What is the passkey? The passkey is")
+        tokens = tokenizer(hidden.prompt).input_ids
+        assert len(tokens) == 2000 - len(ANSWER)
+        assert abs(hidden.prompt.index(hidden.digits) / len(hidden.prompt) - depth) < 0.03
+        assert passkeys.found(hidden, f" {hidden.digits}.<|end|>")
+        assert not passkeys.found(hidden, " 1" + hidden.digits)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -212,9 +249,9 @@ def test_interrupting_the_demo_stops_the_server(tmp_path, number):
     program.write_text(STAND_IN.format(python=sys.executable))
     program.chmod(0o755)
     code = (
-        "import sys; from vllm_power.demo import server, run; from pathlib import Path;"
+        "import sys; from vllm_power.demo import server, run;"
         f"server.vllm_executable = lambda: {str(program)!r};"
-        "sys.exit(run.run('--never', Path('.'), 'power', 8192))"
+        "sys.exit(run.run('--never', 'power', None))"
     )
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     demo = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.DEVNULL)

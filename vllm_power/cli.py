@@ -32,20 +32,18 @@ def pattern_command(context: typer.Context) -> None:
 def demo_command(
     model: Annotated[
         str | None,
-        typer.Option(help="A model to serve: a folder or a name.", show_default="a small random one"),
-    ] = None,
-    cache: Annotated[
-        Path | None, typer.Option(help="Where the small model is kept.", show_default="~/.cache/vllm-power")
+        typer.Option(help="A model to serve: a folder or a name.", show_default="the one that comes along"),
     ] = None,
     backend: Annotated[str, typer.Option(help="Another attention backend of vLLM, to compare.")] = "power",
-    long_tokens: Annotated[
-        int, typer.Option(min=1, help="Least number of tokens of the long prompt.")
-    ] = 8192,
+    tokens: Annotated[
+        int | None,
+        typer.Option(min=64, help="Tokens of the long prompts.", show_default="32768; with --model 8192"),
+    ] = None,
 ) -> None:
-    """Serve a model with the backend, ask it two things through the OpenAI API, and stop it."""
+    """Serve a small model with the backend, ask it for passkeys in long prompts over the OpenAI API, and stop it."""
     from vllm_power.demo.run import run
 
-    raise typer.Exit(run(model=model, cache=cache, backend=backend, long_tokens=long_tokens))
+    raise typer.Exit(run(model=model, backend=backend, tokens=tokens))
 
 
 @bench.callback()

@@ -1,0 +1,58 @@
+"""The shipped model's task over the OpenAI API: a passkey in a long text, asked for at its end."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from openai import OpenAIError
+
+from vllm_power.demo.requests import Answer, answer, client_of
+from vllm_power.demo.server import Server, ServerFailed
+from vllm_power.training import passkey_data as data
+
+MODEL = Path(__file__).with_name("passkey_model")
+# So far back that a sliding window does not hand them on in the model's few layers.
+DEPTHS = (0.05, 0.15, 0.25, 0.35, 0.45)
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """A prompt, the five digits in it, and the share of the text before them."""
+
+    prompt: str
+    digits: str
+    depth: float
+
+
+def hide(tokens: int, seed: int = 0) -> list[Hidden]:
+    """A prompt for each of ``DEPTHS``, with its answer ``tokens`` tokens. Raises ValueError where that is too short."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    hidden = []
+    for depth in DEPTHS:
+        batch = data.sample(1, tokens, generator, depth=(depth, depth))
+        asked = data.text(batch.tokens[0, : int(batch.question[0]) + len(data.QUESTION)])
+        hidden.append(Hidden(asked, "".join(map(str, batch.digits[0].tolist())), depth))
+    return hidden
+
+
+def answers(server: Server, model: str, prompts: list[Hidden]) -> Iterator[tuple[Hidden, Answer]]:
+    """Ask for each passkey, greedily. Raises ServerFailed where the server refuses one or does not answer."""
+    client = client_of(server)
+    for hidden in prompts:
+        start = time.monotonic()
+        try:
+            got = client.completions.create(
+                model=model, prompt=hidden.prompt, max_tokens=len(data.ANSWER), temperature=0
+            )
+        except OpenAIError as error:
+            raise ServerFailed(f"a request was not answered: {error}", None, server.log) from error
+        title = f"Passkey at {hidden.depth:.0%}"
+        yield hidden, answer(title, hidden.prompt, got.choices[0].text, got.usage, start)
+
+
+def found(hidden: Hidden, text: str) -> bool:
+    """Whether a text begins with the passkey, spaces aside."""
+    return text.strip().startswith(hidden.digits)
