@@ -118,7 +118,7 @@ def test_the_command_trains_exports_and_measures(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("gpu, expected", [(True, "gpu"), (False, "cpu")])
 def test_the_size_is_the_machines(tmp_path, monkeypatch, gpu, expected):
-    """And the minutes and the number of passkeys are the size's, where none are named."""
+    """And the minutes are the size's, where none are named."""
     asked = []
     monkeypatch.setattr(passkey_run, "_device", lambda: torch.device("cuda" if gpu else "cpu"))
     monkeypatch.setattr(
@@ -133,6 +133,12 @@ def test_the_size_is_the_machines(tmp_path, monkeypatch, gpu, expected):
         (replace(SIZES[expected], minutes=3), machine),
         (TOY, CPU),
     ]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_size_for_a_gpu_wants_one(tmp_path):
+    run = CliRunner().invoke(app, ["passkey", "train", str(tmp_path), "--size", "gpu"])
+    assert run.exit_code == 1 and "wants an NVIDIA GPU" in run.output
 
 
 def test_accuracy_and_plot(tmp_path: Path):

@@ -5,24 +5,20 @@ from typing import Annotated
 
 import typer
 
+from vllm_power.command_options import Device, Dtype, Model, PatternJson
+
 
 def calibrate_command(
-    model: Annotated[str, typer.Argument(help="The model: a folder or a name.")],
+    model: Model,
     budget: Annotated[int, typer.Option(min=1, help="How many layers to keep dense.")],
     text: Annotated[
         Path, typer.Option(exists=True, dir_okay=False, help="A text file like what will be served.")
     ],
-    options: Annotated[
-        str | None,
-        typer.Option(
-            help="The pattern, as under `power` in --additional-config.",
-            show_default="the checkpoint's, else power",
-        ),
-    ] = None,
+    options: PatternJson = None,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of a window of the text.")] = 8192,
     windows: Annotated[int, typer.Option(min=1, help="The most windows, spread over the text.")] = 4,
-    dtype: Annotated[str, typer.Option(help="As in transformers: auto, bfloat16, float32.")] = "auto",
-    device: Annotated[str, typer.Option(help="As transformers' device_map: auto, cpu, cuda:0.")] = "auto",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
     folder: Annotated[Path, typer.Option(help="Where the rows and the plot go.")] = Path("calibration"),
 ) -> None:
     """Propose which layers to keep dense: measured on your text, with the option to paste."""

@@ -11,7 +11,7 @@ from vllm_power import options
 from vllm_power.calibration import choose, report
 from vllm_power.calibration.measure import Probe
 from vllm_power.calibration.text import windows
-from vllm_power.json_option import json_object
+from vllm_power.command_options import json_object
 from vllm_power.training import layers
 
 REMEDY_DENSE = "dense_layers is what calibrate looks for: leave it out of --options"

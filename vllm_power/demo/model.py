@@ -1,4 +1,4 @@
-"""Small random models that real engines load offline: for the demonstration and for the tests.
+"""Small random models that real engines load offline, for tests and trials.
 
 The weights are noise, but not flat noise: what attention reads changes the answer, and the next token's
 logits are far enough apart that two correct computations mostly agree on the best one.

@@ -33,8 +33,8 @@ def hide(tokens: int, seed: int = 0) -> list[Hidden]:
     hidden = []
     for depth in DEPTHS:
         batch = data.sample(1, tokens, generator, depth=(depth, depth))
-        asked = data.text(batch.tokens[0, : int(batch.question[0]) + len(data.QUESTION)])
-        hidden.append(Hidden(asked, "".join(map(str, batch.digits[0].tolist())), depth))
+        tokens_asked, digits = batch.prompt(0)
+        hidden.append(Hidden(data.text(tokens_asked), digits, depth))
     return hidden
 
 

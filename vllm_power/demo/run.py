@@ -87,7 +87,7 @@ def started(model: str, backend: str, max_model_len: int, pattern: str | None = 
     if pattern:
         override = {"power": {"pattern": pattern, "override_checkpoint": True}}
         arguments += ["--additional-config", json.dumps(override)]
-    if Path(model).is_dir():
+    if Path(model) == passkeys.MODEL:
         env["HF_HUB_OFFLINE"] = "1"
     if "cpu" in version("vllm"):
         arguments.append("--enforce-eager")  # compiling takes longer than the demonstration

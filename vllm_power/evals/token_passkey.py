@@ -25,14 +25,14 @@ def prompt(length: int, depth: float, number: int, seed: int) -> tuple[list[int]
     """Token ids up to the question's end, and the five digits. With the answer they are ``length`` tokens."""
     import torch
 
-    from vllm_power.training.passkey_data import QUESTION, sample
+    from vllm_power.training.passkey_data import sample
 
     generator = torch.Generator().manual_seed(
         random.Random(f"{seed} passkey {length} {depth} {number}").getrandbits(63)
     )
     batch = sample(1, length, generator, depth=(depth, depth))
-    end = int(batch.question[0]) + len(QUESTION)
-    return batch.tokens[0, :end].tolist(), "".join(map(str, batch.digits[0].tolist()))
+    tokens, digits = batch.prompt(0)
+    return tokens.tolist(), digits
 
 
 async def _ask(endpoint: Endpoint, *, length: int, depth: float, number: int, seed: int) -> Result:

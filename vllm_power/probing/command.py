@@ -5,28 +5,22 @@ from typing import Annotated
 
 import typer
 
-from vllm_power.json_option import json_object
+from vllm_power.command_options import Device, Dtype, Model, PatternJson, json_object
 
 # Any tokenizer can tell numbers apart, the small model's too. The paper has six words: apple,banana,cherry,...
 KEYS = "48213,07946,91350,26871,53094,60782"
 
 
 def probe_command(
-    model: Annotated[str, typer.Argument(help="The model: a folder or a name.")],
-    options: Annotated[
-        str | None,
-        typer.Option(
-            help="The pattern, as under `power` in --additional-config.",
-            show_default="the checkpoint's, else power",
-        ),
-    ] = None,
+    model: Model,
+    options: PatternJson = None,
     keys: Annotated[str, typer.Option(help="What to hide, one in each prompt; with commas.")] = KEYS,
     tokens: Annotated[int, typer.Option(min=32, help="Tokens of a prompt, whole blocks.")] = 16_384,
     depth: Annotated[float, typer.Option(min=0.0, max=1.0, help="Where the key lies.")] = 0.1,
     samples: Annotated[int, typer.Option(min=24, help="Prompts; a quarter are held out.")] = 1_200,
     seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
-    dtype: Annotated[str, typer.Option(help="As in transformers: auto, bfloat16, float32.")] = "auto",
-    device: Annotated[str, typer.Option(help="As transformers' device_map: auto, cpu, cuda:0.")] = "auto",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
     folder: Annotated[Path, typer.Option(help="Where probe.jsonl and probe.svg go.")] = Path("probe"),
 ) -> None:
     """Which blocks of which layers know a key hidden in the text: a linear probe for each, drawn as a heatmap."""

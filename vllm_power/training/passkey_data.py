@@ -66,6 +66,11 @@ class Batch:
         """[documents, 8]: the token ids of the answer, the end token last."""
         return self.tokens.gather(1, self.answer_positions() + 1)
 
+    def prompt(self, document: int) -> tuple[torch.Tensor, str]:
+        """The token ids of one document up to the question's end, int64 [tokens], and its five digits."""
+        end = int(self.question[document]) + len(QUESTION)
+        return self.tokens[document, :end], "".join(map(str, self.digits[document].tolist()))
+
     def between(self) -> torch.Tensor:
         """bool [documents, length]: the positions after the passkey's sentence and before the answer."""
         position = torch.arange(self.tokens.shape[1], device=self.tokens.device)

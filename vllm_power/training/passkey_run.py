@@ -48,11 +48,11 @@ def main(
     size: of ``SIZES``; None is "gpu" or "cpu", as the machine has it. minutes: None for the size's own.
     """
     console = Console()
-    size = size or ("gpu" if _device().type == "cuda" else "cpu")
-    device = (
-        _device() if size == "gpu" else torch.device("cpu")
-    )  # blocks of 16 are smaller than a GPU's tiles
-    if device.type != "cuda" and size == "gpu":
+    device = _device()
+    size = size or ("gpu" if device.type == "cuda" else "cpu")
+    if size != "gpu":
+        device = torch.device("cpu")  # blocks of 16 are smaller than a GPU's tiles
+    elif device.type != "cuda":
         console.print("--size gpu wants an NVIDIA GPU, and there is none here.")
         return 1
     settings = SIZES[size]

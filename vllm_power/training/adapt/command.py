@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from vllm_power.json_option import json_object
+from vllm_power.command_options import PatternJson, json_object
 
 
 def adapt_command(
@@ -14,13 +14,7 @@ def adapt_command(
         list[Path], typer.Option(help="Text: .txt, .jsonl or .parquet; may be given several times.")
     ],
     output: Annotated[Path, typer.Option(help="Where the model goes; the same command goes on there.")],
-    power: Annotated[
-        str | None,
-        typer.Option(
-            help="The pattern, as under `power` in --additional-config.",
-            show_default="the checkpoint's, else power",
-        ),
-    ] = None,
+    power: PatternJson = None,
     stages: Annotated[
         str, typer.Option(help="LENGTH:TOKENS or LENGTH:STEPS of each stage, with commas.")
     ] = "4K:250M,8K:250M,16K:250M,32K:250M",

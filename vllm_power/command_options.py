@@ -1,0 +1,28 @@
+"""Options that several commands take alike."""
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+Model = Annotated[str, typer.Argument(help="The model: a folder or a name.")]
+PatternJson = Annotated[
+    str | None,
+    typer.Option(
+        help="The pattern, as under `power` in --additional-config.",
+        show_default="the checkpoint's, else power",
+    ),
+]
+Dtype = Annotated[str, typer.Option(help="As in transformers: auto, bfloat16, float32.")]
+Device = Annotated[str, typer.Option(help="As transformers' device_map: auto, cpu, cuda:0.")]
+
+
+def json_object(text: str, source: str) -> dict[str, Any]:
+    """The object that an option holds as JSON; ``source`` names it in errors. Raises ValueError."""
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{source} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f'{source} must be a JSON object such as {{"block_size": 64}}, not {text}')
+    return found
