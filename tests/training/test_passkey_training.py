@@ -126,11 +126,13 @@ def test_the_size_is_the_machines(tmp_path, monkeypatch, gpu, expected):
     )
     assert CliRunner().invoke(app, ["passkey", "train", str(tmp_path)]).exit_code == 1
     assert CliRunner().invoke(app, ["passkey", "train", str(tmp_path), "--minutes", "3"]).exit_code == 1
+    assert CliRunner().invoke(app, ["passkey", "train", str(tmp_path), "--steps", "9"]).exit_code == 1
     assert CliRunner().invoke(app, ["passkey", "train", str(tmp_path), "--size", "toy"]).exit_code == 1
     machine = torch.device("cuda" if gpu else "cpu")
     assert asked == [
         (SIZES[expected], machine),
         (replace(SIZES[expected], minutes=3), machine),
+        (replace(SIZES[expected], steps=9), machine),
         (TOY, CPU),
     ]
 

@@ -13,6 +13,10 @@ Minutes = Annotated[
         min=0.01, help="Length of the training; compiling comes on top.", show_default="gpu 15, cpu 55"
     ),
 ]
+Steps = Annotated[
+    int | None,
+    typer.Option(min=1, help="At most so many steps: the same for patterns to compare.", show_default="no limit"),
+]
 Results = Annotated[
     Path | None,
     typer.Option(help="Append the rows to passkey.jsonl there.", show_default="the folder itself"),
@@ -42,6 +46,7 @@ def train_command(
     pattern: Annotated[str, typer.Option(help="The pattern to train under.")] = "power",
     size: Size = None,
     minutes: Minutes = None,
+    steps: Steps = None,
     seed: Annotated[int, typer.Option(help="Of weights and data.")] = 0,
     probe: Annotated[float, typer.Option(min=0.0, help="Weight of the probe's loss.")] = 1.0,
     results: Results = None,
@@ -56,6 +61,7 @@ def train_command(
             pattern=pattern,
             size=size,
             minutes=minutes,
+            steps=steps,
             seed=seed,
             probe=probe,
             results=results or folder,

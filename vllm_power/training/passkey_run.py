@@ -38,6 +38,7 @@ def main(
     pattern: str,
     size: str | None,
     minutes: float | None,
+    steps: int | None,
     seed: int,
     probe: float,
     results: Path,
@@ -45,7 +46,7 @@ def main(
 ) -> int:
     """Train, export and evaluate; returns the exit status: 0, or 1 where it was stopped or can not run.
 
-    size: of ``SIZES``; None is "gpu" or "cpu", as the machine has it. minutes: None for the size's own.
+    size: of ``SIZES``; None is "gpu" or "cpu", as the machine has it. minutes, steps: None for the size's own.
     """
     console = Console()
     device = _device()
@@ -56,7 +57,14 @@ def main(
         console.print("--size gpu wants an NVIDIA GPU, and there is none here.")
         return 1
     settings = SIZES[size]
-    settings = replace(settings, pattern=pattern, seed=seed, probe=probe, minutes=minutes or settings.minutes)
+    settings = replace(
+        settings,
+        pattern=pattern,
+        seed=seed,
+        probe=probe,
+        minutes=minutes or settings.minutes,
+        steps=steps or settings.steps,
+    )
     try:
         trainer = train(settings, folder, device, console)
     except (Stopped, ValueError) as error:
