@@ -15,7 +15,9 @@ Minutes = Annotated[
 ]
 Steps = Annotated[
     int | None,
-    typer.Option(min=1, help="At most so many steps: the same for patterns to compare.", show_default="no limit"),
+    typer.Option(
+        min=1, help="At most so many steps: the same for patterns to compare.", show_default="no limit"
+    ),
 ]
 Results = Annotated[
     Path | None,
