@@ -70,7 +70,17 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
     train(TINY, tmp_path, CPU, QUIET)
     with pytest.raises(ValueError, match=r"other settings \(seed 0 there, 1 here\): use another folder"):
         train(replace(TINY, seed=1), tmp_path, CPU, QUIET)
-    assert Trainer.of_checkpoint(tmp_path / "checkpoint.pt", CPU).settings == TINY
+
+
+def test_a_checkpoint_is_evaluated_on_any_device(tmp_path):
+    """A generator's state is that of its device, and another's can not be set to it."""
+    trained = train(TINY, tmp_path, CPU, QUIET)
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    torch.save(state | {"generator": state["generator"][:16]}, tmp_path / "elsewhere.pt")
+    found = Trainer.of_checkpoint(tmp_path / "elsewhere.pt", CPU)
+    assert found.settings == TINY
+    for name, weight in trained.model.state_dict().items():
+        assert torch.equal(weight, found.model.state_dict()[name])
 
 
 def test_the_time_limit_ends_a_training(tmp_path):

@@ -180,13 +180,14 @@ class Trainer:
 
     @classmethod
     def of_checkpoint(cls, path: Path, device: torch.device) -> "Trainer":
-        """The training that wrote ``path``, as it was then."""
-        stored = torch.load(path, map_location="cpu", weights_only=True)["settings"]
+        """The settings and weights of the training that wrote ``path``, to evaluate on whatever device."""
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        stored = state["settings"]
         curriculum = tuple(
             Stage(stage["until"], tuple(stage["blocks"]), stage["shrink"]) for stage in stored["curriculum"]
         )
         trainer = cls(Settings(**{**stored, "curriculum": curriculum}), device)
-        trainer.load(path)
+        trainer.model.load_state_dict(state["model"])
         return trainer
 
     def load(self, path: Path) -> None:
