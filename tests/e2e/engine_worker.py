@@ -83,7 +83,8 @@ def _serve(pipe: Connection, log: str, environment: dict[str, str]) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     sys.stdout.reconfigure(line_buffering=True)
-    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", **environment}
+    # Tests read the log, whatever level the user has set.
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "INFO", **environment}
     engine: list[Any] = []
     while True:
         try:

@@ -38,9 +38,7 @@ def test_pattern_served(options: dict[str, Any], served: Pattern, model: Path, w
     allowed = Allowed.by(model, "float32", PROMPT, served)
     allowed.check(result.prompt_logprobs, truth(model, PROMPT, served).logprobs)
     other = POWER if served == TRAINED else TRAINED
-    assert (
-        rms(truth(model, PROMPT, served).logprobs - truth(model, PROMPT, other).logprobs) > 1000 * allowed.rms
-    )
+    assert rms(truth(model, PROMPT, served).logprobs - truth(model, PROMPT, other).logprobs) > allowed.wrong
 
 
 def test_contradiction_is_refused(model: Path, worker: Worker) -> None:

@@ -19,9 +19,6 @@ from tolerance import Allowed, rms, truth
 
 from vllm_power.pattern import POWER, preset
 
-# A wrong mask must be farther from the truth than the engine may be, by this factor.
-CLEARLY = {"bfloat16": 2.0, "float32": 1000.0}
-
 SCORED = (300, 2600, 5000)  # prompts whose every token is compared
 BOUNDARIES = (256, 512, 1536, 2560)  # prompts end just before, generation goes past
 STEPS = 12
@@ -83,19 +80,14 @@ def test_engine_equals_transformers(model: Path, case: Case, dtype: str, worker:
     allowed = Allowed.by(model, dtype, scored[1], POWER)
     for prompt, result in zip(growing, results[len(scored) :], strict=True):
         assert len(result.tokens) == STEPS
-        check_greedy(model, dtype, prompt, result, allowed)
+        check_greedy(model, prompt, result, allowed)
 
 
-def check_greedy(
-    model: Path, dtype: str, prompt: list[int], result: generation.Generated, allowed: Allowed
-) -> None:
-    """Every generated token is the best one of the truth; in bfloat16, best but for the allowed error."""
+def check_greedy(model: Path, prompt: list[int], result: generation.Generated, allowed: Allowed) -> None:
+    """Every generated token is the best one of the truth, but for the allowed error."""
     expected = truth(model, prompt + result.tokens, POWER)
     allowed.check(result.prompt_logprobs + result.logprobs, expected.logprobs)
-    if dtype == "float32":
-        assert result.tokens == expected.best[len(prompt) - 1 :].tolist()
-    else:
-        assert expected.behind[len(prompt) - 1 :].max().item() <= 2 * allowed.worst
+    assert expected.behind[len(prompt) - 1 :].max().item() <= 2 * allowed.worst
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -106,7 +98,7 @@ def test_dense_attention_would_fail(model: Path, dtype: str) -> None:
     dense, sparse = (truth(model, tokens, pattern).logprobs for pattern in (preset("full"), POWER))
     assert torch.equal(dense[:1536], sparse[:1536])
     print(f"difference {rms(dense - sparse):.1e}, allowed {allowed.rms:.1e}")
-    assert rms(dense - sparse) > CLEARLY[dtype] * allowed.rms
+    assert rms(dense - sparse) > allowed.wrong
     with pytest.raises(AssertionError):
         allowed.check(dense.tolist(), sparse)
 
@@ -117,7 +109,7 @@ def test_a_long_answer_crosses_many_blocks(small_model: Callable[..., Path], wor
     prompt = random_tokens(1500)
     worker.start(model, block_size=128)
     (result,) = worker.call(generation.greedy, [prompt], 1100)
-    check_greedy(model, "float32", prompt, result, Allowed.by(model, "float32", random_tokens(2600), POWER))
+    check_greedy(model, prompt, result, Allowed.by(model, "float32", random_tokens(2600), POWER))
 
 
 @pytest.mark.parametrize(
@@ -142,4 +134,4 @@ def test_other_patterns(options: dict[str, Any], small_model: Callable[..., Path
     expected = truth(model, prompt + result.tokens, pattern, dense_layers=dense_layers)
     allowed = Allowed.by(model, "float32", prompt, pattern, dense_layers=dense_layers)
     allowed.check(result.prompt_logprobs + result.logprobs, expected.logprobs)
-    assert rms(expected.logprobs[: len(prompt) - 1] - truth(model, prompt).logprobs) > 1000 * allowed.rms
+    assert rms(expected.logprobs[: len(prompt) - 1] - truth(model, prompt).logprobs) > allowed.wrong

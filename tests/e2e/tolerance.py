@@ -12,15 +12,21 @@ from vllm_power.pattern import POWER, Pattern
 
 # The engine's error over transformers' error in the same dtype. vLLM's kernels round at other places; in float32 they
 # also approximate the exponential (measured: 0.9 to 1.1 in bfloat16, 1.3 to 2.1 in float32).
-WORSE_AT_MOST = {"bfloat16": 1.5, "float32": 3.0}
+WORSE_AT_MOST = {"bfloat16": 1.5, "float32": 3.0, "tf32": 3.0}
+# A wrong mask must be farther from the truth than the engine may be, by this factor.
+CLEARLY = {"bfloat16": 2.0, "float32": 1000.0, "tf32": 20.0}
 
 
 @dataclass(frozen=True)
 class Allowed:
-    """How far from the truth an engine's log-probabilities may be: on average and at worst."""
+    """How far from the truth an engine's log-probabilities may be: on average and at worst.
+
+    wrong: what is farther off than this, on average, answers another mask.
+    """
 
     rms: float
     worst: float
+    wrong: float
 
     @classmethod
     def by(
@@ -29,7 +35,13 @@ class Allowed:
         """From transformers' own error in ``dtype`` on ``tokens``; further arguments as for :func:`truth`."""
         correct = truth(model, tokens, pattern, **served).logprobs
         error = _answer(model, dtype, tuple(tokens), pattern, **served).logprobs - correct
-        return cls(WORSE_AT_MOST[dtype] * rms(error), 2 * WORSE_AT_MOST[dtype] * error.abs().max().item())
+        in_tf32 = load(model, getattr(torch, dtype), served.get("kv_cache", "auto")).layers_in_tf32(
+            served.get("dense_layers", ())
+        )
+        arithmetic = "tf32" if in_tf32 else dtype
+        most = WORSE_AT_MOST[arithmetic] * rms(error)
+        worst = 2 * WORSE_AT_MOST[arithmetic] * error.abs().max().item()
+        return cls(most, worst, CLEARLY[arithmetic] * most)
 
     def check(self, logprobs: list[float] | torch.Tensor, expected: torch.Tensor) -> None:
         error = torch.as_tensor(logprobs, dtype=torch.float64) - expected

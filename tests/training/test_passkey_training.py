@@ -78,7 +78,7 @@ def test_a_checkpoint_is_evaluated_on_any_device(tmp_path):
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     torch.save(state | {"generator": state["generator"][:16]}, tmp_path / "elsewhere.pt")
     found = Trainer.of_checkpoint(tmp_path / "elsewhere.pt", CPU)
-    assert found.settings == TINY
+    assert found.settings == TINY and found.step == TINY.steps
     for name, weight in trained.model.state_dict().items():
         assert torch.equal(weight, found.model.state_dict()[name])
 
@@ -158,20 +158,27 @@ def test_accuracy_and_plot(tmp_path: Path):
         {
             "pattern": pattern,
             "trained": trained,
+            "width": 64,
+            "steps": steps,
             "context": 1_024,
             "depth": depth,
             "correct": right,
             "total": 4,
         }
-        for pattern, trained, depth, right in [
-            ("power", "power", 0.1, 0),
-            ("power", "power", 0.1, 4),  # measured again
-            ("power", "power", 0.9, 2),
-            ("longnet", "longnet", 0.1, 1),
-            ("longnet", "power", 0.1, 4),  # not how it was trained
+        for pattern, trained, steps, depth, right in [
+            ("power", "power", 100, 0.1, 0),
+            ("power", "power", 100, 0.1, 4),  # measured again
+            ("power", "power", 100, 0.9, 2),
+            ("power", "power", 200, 0.1, 4),  # another training
+            ("longnet", "longnet", 100, 0.1, 1),
+            ("longnet", "power", 100, 0.1, 4),  # not how it was trained
         ]
     ]
-    assert accuracy(rows) == {"longnet": {1_024: 0.25}, "power": {1_024: 0.75}}
+    assert accuracy(rows) == {
+        ("longnet", 64, 100): {1_024: 0.25},
+        ("power", 64, 100): {1_024: 0.75},
+        ("power", 64, 200): {1_024: 1.0},
+    }
     (tmp_path / "passkey.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     drawn = plot(tmp_path).read_bytes()
     assert plot(tmp_path).read_bytes() == drawn
