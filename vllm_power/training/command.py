@@ -10,13 +10,13 @@ passkey = typer.Typer(no_args_is_help=True)
 Minutes = Annotated[
     float | None,
     typer.Option(
-        min=0.01, help="Length of the training; compiling comes on top.", show_default="gpu 15, cpu 55"
+        min=0.01, help="At most so many minutes; compiling comes on top.", show_default="gpu 15, cpu 55"
     ),
 ]
 Steps = Annotated[
     int | None,
     typer.Option(
-        min=1, help="At most so many steps: the same for patterns to compare.", show_default="no limit"
+        min=1, help="At most so many steps: the same for patterns to compare.", show_default="gpu 2,000"
     ),
 ]
 Results = Annotated[

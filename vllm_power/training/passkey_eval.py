@@ -44,6 +44,7 @@ def evaluate(
             "pattern": pattern.name,
             "trained": trainer.settings.pattern,
             "width": trainer.settings.width,
+            "steps": trainer.step,
             "context": context,
             "depth": round((number + 0.5) / DEPTHS, 3),
             "correct": count,

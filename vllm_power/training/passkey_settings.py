@@ -64,7 +64,7 @@ class Settings:
         )
 
 
-GPU = Settings()
+GPU = Settings(steps=2_000)
 
 # What two CPU cores train in an hour: 0.31 million weights. A step of whole prompts takes seconds there, so relaying is
 # learnt in blocks of 16 tokens, and only then do the blocks grow.

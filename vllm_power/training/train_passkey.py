@@ -180,7 +180,7 @@ class Trainer:
 
     @classmethod
     def of_checkpoint(cls, path: Path, device: torch.device) -> "Trainer":
-        """The settings and weights of the training that wrote ``path``, to evaluate on whatever device."""
+        """The settings, weights and step of the training that wrote ``path``, to evaluate on whatever device."""
         state = torch.load(path, map_location="cpu", weights_only=True)
         stored = state["settings"]
         curriculum = tuple(
@@ -188,6 +188,7 @@ class Trainer:
         )
         trainer = cls(Settings(**{**stored, "curriculum": curriculum}), device)
         trainer.model.load_state_dict(state["model"])
+        trainer.step = state["step"]
         return trainer
 
     def load(self, path: Path) -> None:
