@@ -119,13 +119,14 @@ def main(
     million: prefill also one prompt of 1,048,576 tokens, which takes a dense kernel a quarter of a minute.
     """
     console = Console()
+    here = results.machine()
     rows = [
         {"bench": "ceiling", "impl": "copy", "tb_per_s": copy_bandwidth()},
         {"bench": "ceiling", "impl": "matmul_8192", "tflops": matmul_rate()},
     ]
     torch.cuda.empty_cache()
     if record:
-        results.append("kernels", rows, folder)
+        results.append("kernels", rows, folder, here)
     sources = [
         decode_rows(contexts, batches, pages),
         prefill_rows(contexts, pages),
@@ -135,12 +136,12 @@ def main(
         for row in source:
             rows.append(row)
             if record:
-                results.append("kernels", [row], folder)
+                results.append("kernels", [row], folder, here)
             console.print(
                 f"{row['bench']} {row['context']} x {row['batch']}, page {row['page']}, {row['impl']}: "
                 f"{row['median_ms']:.4f} ms"
             )
-    console.print(table(rows))
+    Console(width=150).print(table(rows))
     return 0
 
 

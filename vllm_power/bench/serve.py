@@ -84,17 +84,18 @@ def main(
     repeats: int = 5,
     folder: Path = results.FOLDER,
 ) -> int:
-    """Measure every backend, print the table and append the rows to ``folder``/serve.jsonl."""
+    """Measure every backend, append the rows to ``folder``/serve.jsonl as they come, and print the table."""
     rows = []
+    here = results.machine()
     work = (prompts or list(PROMPTS), decodes or list(DECODES), repeats)
     for impl in COMPARED:
         try:
             for row in run_apart(__name__, impl, *work):
                 rows.append({**row, "page": None, "dtype": "bfloat16"})
+                results.append("serve", rows[-1:], folder, here)
         except subprocess.CalledProcessError as failure:
             return failure.returncode
     _print_table(rows)
-    results.append("serve", rows, folder)
     return 0
 
 
