@@ -206,7 +206,7 @@ def test_passkeys_come_back_under_power_and_not_under_a_sliding_window():
     assert done.returncode == 0, done.stdout + done.stderr
     power, window = done.stdout.split("under another pattern")
     assert "PowerAttention: power" in power
-    assert re.search("[45] of 5 passkeys came back", power)  # the model finds 24 of 25
+    assert re.search("[45] of 5 passkeys came back", power)  # 5, unless a CPU rounds otherwise
     assert power.count("32,760 tokens") == 5
     assert "Block pairs read" in power
     assert "PowerAttention: sliding_window" in window
