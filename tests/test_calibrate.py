@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from random_model import FAMILIES, make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -16,8 +17,7 @@ from vllm_power.calibration.measure import Effect, Probe
 from vllm_power.calibration.run import run
 from vllm_power.calibration.text import windows
 from vllm_power.cli import app
-from vllm_power.demo.model import FAMILIES, make_model
-from vllm_power.demo.tokenizer import english_text
+from vllm_power.demo.english import english_text
 from vllm_power.options import PatternOptions, resolve
 from vllm_power.pattern import preset
 from vllm_power.training.attention import use_power

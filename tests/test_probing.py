@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from random_model import make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from vllm_power.cli import app
-from vllm_power.demo.model import make_model
 from vllm_power.pattern import NAMES, preset
 from vllm_power.probing import texts
 from vllm_power.probing.reach import reached

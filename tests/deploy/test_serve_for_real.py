@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 from manifests import ROOT
+from random_model import make_model
 
-from vllm_power.demo.model import make_model
 from vllm_power.demo.server import free_port
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]

@@ -11,8 +11,8 @@ import openai
 import pytest
 import shared_server
 from engine_worker import Worker
+from random_model import make_model
 
-from vllm_power.demo.model import make_model
 from vllm_power.demo.server import Server
 
 HERE = Path(__file__).parent

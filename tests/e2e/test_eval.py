@@ -14,8 +14,8 @@ import torch
 import transformers_truth
 from shared_server import API_KEY
 
+from vllm_power.demo.english import english_text
 from vllm_power.demo.server import Server
-from vllm_power.demo.tokenizer import english_text
 from vllm_power.evals.endpoint import Answer, Endpoint
 from vllm_power.evals.logprobs import Windows
 from vllm_power.evals.tokenizer import load

@@ -7,9 +7,9 @@ from typing import Any
 import configuration
 import pytest
 from engine_worker import Worker
+from english_tokenizer import make_tokenizer
 
 from vllm_power.demo.server import ServerFailed, serve
-from vllm_power.demo.tokenizer import make_tokenizer
 
 OTHER_BACKEND = "another attention backend"
 

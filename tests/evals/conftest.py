@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from english_tokenizer import make_tokenizer
 from fake_endpoint import Fake, serving
 
-from vllm_power.demo.tokenizer import english_text, make_tokenizer
+from vllm_power.demo.english import english_text
 from vllm_power.evals import run as run_module
 from vllm_power.evals.run import Job, run
 from vllm_power.evals.settings import Settings, even_depths

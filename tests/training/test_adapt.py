@@ -17,13 +17,13 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from random_model import make_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.loss.loss_utils import ForCausalLMLoss
 from typer.testing import CliRunner
 
 from vllm_power.cli import app
-from vllm_power.demo.model import make_model
 from vllm_power.training import segments
 from vllm_power.training.adapt import callbacks, loss, report
 from vllm_power.training.adapt.data import Line, Rows, windows

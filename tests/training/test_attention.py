@@ -9,9 +9,9 @@ import pytest
 import torch
 from oracle import WINDOW, under_oracle
 from peft import LoraConfig, get_peft_model
+from random_model import FAMILIES, family_config, make_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from vllm_power.demo.model import FAMILIES, family_config, make_model
 from vllm_power.options import PatternOptions, resolve
 from vllm_power.pattern import preset
 from vllm_power.training.attention import register, use_power

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from random_model import make_model
 from transformers import AutoModelForCausalLM
 
-from vllm_power.demo.model import make_model
 from vllm_power.pattern import POWER, Pattern, preset
 from vllm_power.training import flex, segments
 from vllm_power.training.attention import use_power

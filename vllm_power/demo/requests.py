@@ -9,8 +9,8 @@ from typing import Any
 
 from openai import DefaultHttpxClient, OpenAI, OpenAIError
 
+from vllm_power.demo.english import english_text
 from vllm_power.demo.server import Server, ServerFailed
-from vllm_power.demo.tokenizer import english_text
 
 ANSWER_TOKENS = 32
 CHAT_QUESTION = "Why may a token look at only some of the tokens before it?"

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vllm_power.demo.tokenizer import english_text
+from vllm_power.demo.english import english_text
 from vllm_power.evals.endpoint import Endpoint
 from vllm_power.evals.haystack import Haystack
 from vllm_power.evals.items import Item, Result, file_digest

@@ -1,6 +1,8 @@
-"""A byte-level BPE tokenizer, trained in a moment on English text that every Python carries."""
+"""A byte-level BPE tokenizer, trained in a moment on English text."""
 
 from typing import Any
+
+from vllm_power.demo.english import english_text
 
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
@@ -12,13 +14,6 @@ CHAT_TEMPLATE = """\
 {% endif -%}
 """
 SPECIAL_TOKENS = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]  # <|end|> is token 0: end and padding
-
-
-def english_text() -> str:
-    """Return about 450,000 characters of prose and code: the language reference behind Python's help()."""
-    from pydoc_data.topics import topics
-
-    return "\n\n".join(topics.values())
 
 
 def make_tokenizer(vocab_size: int, max_positions: int) -> Any:

@@ -1,4 +1,4 @@
-"""Small random models that real engines load offline, for tests and trials.
+"""Small random models that real engines load offline, for tests.
 
 The weights are noise, but not flat noise: what attention reads changes the answer, and the next token's
 logits are far enough apart that two correct computations mostly agree on the best one.
@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from vllm_power.demo.tokenizer import make_tokenizer
+from english_tokenizer import make_tokenizer
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma3_text")  # transformers' own model types
 
