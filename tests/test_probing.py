@@ -1,6 +1,7 @@
 """probe: states know the key where the pattern lets it through and nowhere else; rows and plot say so."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 from vllm_power.cli import app
 from vllm_power.pattern import NAMES, preset
 from vllm_power.probing import texts
+from vllm_power.probing.plot import heatmaps, plot
 from vllm_power.probing.reach import reached
 from vllm_power.probing.score import accuracies
 from vllm_power.probing.states import pooled
@@ -138,11 +140,12 @@ def test_the_command_writes_rows_and_draws_them(model: Path, tmp_path: Path) -> 
         said = CliRunner().invoke(app, [*given, "--options", json.dumps(options)])
         assert said.exit_code == 0, said.output
     rows = [json.loads(line) for line in (tmp_path / "probe.jsonl").read_text().splitlines()]
+    patterns = [preset(name, block_size=BLOCK, window_blocks=WINDOW) for name in ("power", "sliding_window")]
+    runs = [(pattern, layer) for pattern in patterns for layer in range(LAYERS + 1)]
     assert [(row["pattern"], row["layer"]) for row in rows] == [
-        (name, layer) for name in ("power", "sliding_window") for layer in range(LAYERS + 1)
+        (str(pattern), layer) for pattern, layer in runs
     ]
-    for row in rows:
-        pattern = preset(row["pattern"], block_size=BLOCK, window_blocks=WINDOW)
+    for row, (pattern, _) in zip(rows, runs, strict=True):
         assert row["reached"] == reached(pattern, (), row["layer"], row["key_block"], 32)[-1]
         outside = [share for block, share in enumerate(row["accuracy"]) if block not in row["reached"]]
         assert sum(outside) / len(outside) < 0.45  # a third by chance
@@ -152,12 +155,49 @@ def test_the_command_writes_rows_and_draws_them(model: Path, tmp_path: Path) -> 
     assert "llama under sliding_window" in drawing
 
 
+def test_the_last_run_of_a_model_and_pattern_is_drawn(tmp_path: Path) -> None:
+    """One of fewer layers and blocks after another, and a model of the same name in another folder."""
+
+    def run(model: str, layers: int, blocks: int) -> list[dict]:
+        row = {
+            "model": model,
+            "pattern": "power",
+            "blocks": blocks,
+            "key_block": 0,
+            "keys": 2,
+            "block_size": 16,
+        }
+        return [row | {"layer": layer, "accuracy": [0.5] * blocks, "reached": [0]} for layer in range(layers)]
+
+    rows = run("a/model", 5, 8) + run("b/model", 5, 8) + run("a/model", 3, 4)
+    maps = heatmaps(rows)
+    assert {key: len(layers) for key, layers in maps.items()} == {
+        ("a/model", "power"): 3,
+        ("b/model", "power"): 5,
+    }
+    assert plot(rows, tmp_path / "probe.svg").exists()
+
+
+def test_a_checkpoints_pattern_is_left_only_where_that_is_said(model: Path, tmp_path: Path) -> None:
+    """As the server puts options and checkpoint together."""
+    copy = Path(shutil.copytree(model, tmp_path / "trained"))
+    config = json.loads((copy / "config.json").read_text())
+    trained = {"pattern": "sliding_window", "block_size": BLOCK}
+    (copy / "config.json").write_text(json.dumps(config | {"power_attention": trained}))
+    said = CliRunner().invoke(
+        app, ["probe", str(copy), "--tokens", "1024", "--options", '{"window_blocks": 3}']
+    )
+    assert said.exit_code == 1
+    assert "two different patterns" in said.output and "override_checkpoint" in said.output
+
+
 @pytest.mark.parametrize(
     "wrong, cause",
     [
         (["--tokens", "1000"], "whole blocks of 256 tokens"),
         (["--tokens", "4096"], "at most the model's 2,048"),
         (["--keys", "48213"], "at least two --keys"),
+        (["--keys", "48213, ,07946"], "none of them empty"),
         (["--options", "block"], "--options is not JSON"),
         (["--options", "[]"], "must be a JSON object"),
         (["--options", '{"blok_size": 64}'], "did you mean 'block_size'"),

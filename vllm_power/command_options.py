@@ -1,6 +1,8 @@
-"""Options that several commands take alike."""
+"""What several commands have alike: options, and how they fail."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -15,6 +17,19 @@ PatternJson = Annotated[
 ]
 Dtype = Annotated[str, typer.Option(help="As in transformers: auto, bfloat16, float32.")]
 Device = Annotated[str, typer.Option(help="As transformers' device_map: auto, cpu, cuda:0.")]
+
+
+@contextmanager
+def errors_in_one_line(command: str, extra: str) -> Iterator[None]:
+    """End a command with status 1 and one line where a file or a value is wrong, or a package of ``extra`` missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        typer.echo(f"{error.name} is not installed: pip install 'vllm-power[{extra}]'", err=True)
+        raise typer.Exit(1) from None
+    except (OSError, ValueError) as error:
+        typer.echo(f"{command}: {error}", err=True)
+        raise typer.Exit(1) from None
 
 
 def json_object(text: str, source: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from vllm_power.command_options import Device, Dtype, Model, PatternJson
+from vllm_power.command_options import Device, Dtype, Model, PatternJson, errors_in_one_line
 
 
 def calibrate_command(
@@ -22,13 +22,7 @@ def calibrate_command(
     folder: Annotated[Path, typer.Option(help="Where the rows and the plot go.")] = Path("calibration"),
 ) -> None:
     """Propose which layers to keep dense: measured on your text, with the option to paste."""
-    try:
+    with errors_in_one_line("calibrate", "train"):
         from vllm_power.calibration.run import run
 
         run(model, budget, text, options, tokens, windows, dtype, device, folder)
-    except ModuleNotFoundError as error:
-        typer.echo(f"{error.name} is not installed: pip install 'vllm-power[train]'", err=True)
-        raise typer.Exit(1) from None
-    except (OSError, ValueError) as error:
-        typer.echo(f"calibrate: {error}", err=True)
-        raise typer.Exit(1) from None

@@ -96,13 +96,10 @@ def _stored(config: Any) -> options.PatternOptions | None:
 
 
 def _options(given: str | None, stored: options.PatternOptions | None) -> options.PatternOptions:
-    """What --options says, an object as under ``power`` in --additional-config; else what the checkpoint says."""
-    if given is None:
-        kept = stored.set_by_user if stored is not None else {}
-        return options.PatternOptions(
-            **{name: value for name, value in kept.items() if name != "dense_layers"}
-        )
-    asked = json_object(given, "--options")
+    """What --options and the checkpoint say, as the server puts the two together, save for dense layers."""
+    asked = json_object(given or "{}", "--options")
     if "dense_layers" in asked:
         raise ValueError(REMEDY_DENSE)
-    return options.PatternOptions(**options.resolve(asked, None).set_by_user)
+    kept = dict(stored.set_by_user) if stored is not None else {}
+    kept.pop("dense_layers", None)
+    return options.PatternOptions(**options.resolve(asked, kept or None).set_by_user)

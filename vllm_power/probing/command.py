@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from vllm_power.command_options import Device, Dtype, Model, PatternJson, json_object
+from vllm_power.command_options import Device, Dtype, Model, PatternJson, errors_in_one_line, json_object
 
 # Any tokenizer can tell numbers apart, the small model's too. The paper has six words: apple,banana,cherry,...
 KEYS = "48213,07946,91350,26871,53094,60782"
@@ -24,15 +24,14 @@ def probe_command(
     folder: Annotated[Path, typer.Option(help="Where probe.jsonl and probe.svg go.")] = Path("probe"),
 ) -> None:
     """Which blocks of which layers know a key hidden in the text: a linear probe for each, drawn as a heatmap."""
-    try:
+    with errors_in_one_line("probe", "train,eval"):
         from vllm_power.probing.run import run
-    except ModuleNotFoundError as error:
-        typer.echo(f"{error.name} is not installed: pip install 'vllm-power[train,eval]'", err=True)
-        raise typer.Exit(1) from None
-    try:
-        told = tuple(keys.split(","))
-        if len(told) < 2 or samples < 8 * len(told):
-            raise ValueError("a probe wants at least two --keys and eight --samples of each")
+
+        told = tuple(key.strip() for key in keys.split(","))
+        if len(told) < 2 or not all(told) or samples < 8 * len(told):
+            raise ValueError(
+                "a probe wants at least two --keys, none of them empty, and eight --samples of each"
+            )
         run(
             model,
             options=None if options is None else json_object(options, "--options"),
@@ -45,6 +44,3 @@ def probe_command(
             device=device,
             folder=folder,
         )
-    except (OSError, ValueError) as error:
-        typer.echo(f"probe: {error}", err=True)
-        raise typer.Exit(1) from None

@@ -4,15 +4,17 @@ from pathlib import Path
 from typing import Any
 
 from vllm_power.bench.figures import pyplot, save
-
-Row = dict[str, Any]
+from vllm_power.bench.results import Row
 
 
 def heatmaps(rows: list[Row]) -> dict[tuple[str, str], dict[int, Row]]:
-    """{(model, pattern): {layer: row}}; of rows for the same layer the last counts."""
+    """{(model, pattern): {layer: row}}, of the last run each; a run's rows begin with layer 0."""
     found: dict[tuple[str, str], dict[int, Row]] = {}
     for row in rows:
-        found.setdefault((row["model"], row["pattern"]), {})[row["layer"]] = row
+        key = row["model"], row["pattern"]
+        if row["layer"] == 0:
+            found[key] = {}
+        found[key][row["layer"]] = row
     return found
 
 

@@ -32,7 +32,8 @@ def run(
 ) -> None:
     """Print, append to probe.jsonl and draw what was measured. Arguments as in ``vllm-power probe --help``.
 
-    options: None for the checkpoint's own pattern. Raises ValueError for what does not fit together.
+    options: as under ``power`` in vLLM's --additional-config, put together with the checkpoint's as the server does.
+    Raises ValueError for what does not fit together.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
@@ -41,8 +42,7 @@ def run(
     disable_progress_bar()
     config = AutoConfig.from_pretrained(model)
     text_config = config.get_text_config()
-    stored = stored_in(config, text_config) if options is None else None
-    wanted = PatternOptions(**resolve(options, stored).set_by_user)
+    wanted = PatternOptions(**resolve(options, stored_in(config, text_config)).set_by_user)
     pattern = wanted.effective_pattern
     if tokens % pattern.block_size or tokens > text_config.max_position_embeddings:
         raise ValueError(
@@ -81,8 +81,8 @@ def run(
             rows.append(
                 {
                     "bench": "probe",
-                    "model": Path(model).name,
-                    "pattern": pattern.name,
+                    "model": "/".join(Path(model).parts[-2:]),
+                    "pattern": str(pattern),
                     "layer": layer,
                     "tokens": tokens,
                     "block_size": pattern.block_size,
