@@ -7,10 +7,12 @@ import torch
 from oracle import under_oracle
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from vllm_power.demo import passkeys
 from vllm_power.pattern import preset
 from vllm_power.training import passkey_data as data
 from vllm_power.training.packing import Packing, pack, tile_mask
 from vllm_power.training.passkey_export import export
+from vllm_power.training.passkey_settings import GPU
 from vllm_power.training.small_model import Sizes, SmallModel, rotation_at
 
 SIZES = Sizes(len(data.WORDS), width=64, layers=2, heads=4, kv_heads=2, ffn=96)
@@ -55,10 +57,11 @@ def test_the_export_says_what_it_was_trained_under(model, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path)(data.text(tokens))["input_ids"] == tokens.tolist()
 
 
-def test_the_model_of_full_size_fits_into_the_repository():
+def test_a_trained_model_fits_into_a_repository():
     with torch.device("meta"):
-        weights = SmallModel(Sizes(len(data.WORDS))).parameters()
+        weights = SmallModel(GPU.sizes).parameters()
     assert sum(weight.numel() for weight in weights) * 2 <= 12 * 2**20
+    assert (passkeys.MODEL / "model.safetensors").stat().st_size < 2**20
 
 
 @pytest.mark.slow

@@ -66,6 +66,44 @@ def test_a_stopped_training_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch)
         assert torch.equal(one, other)
 
 
+def test_a_stop_in_the_last_step_is_one(tmp_path, monkeypatch):
+    """And nothing is evaluated before the same command asks for it again."""
+    step = Trainer.train_step
+
+    def terminated(self, *arguments):
+        step(self, *arguments)
+        if self.step == TINY.steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "train_step", terminated)
+        with pytest.raises(Stopped, match="stopped at step 6"):
+            train(TINY, tmp_path, CPU, QUIET)
+    assert train(TINY, tmp_path, CPU, QUIET).step == 6
+
+
+def test_steps_that_come_again_after_a_kill_are_logged_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(passkey_run, "STEPS_BETWEEN_REPORTS", 2)
+    trainer = train(replace(TINY, steps=4), tmp_path, CPU, QUIET)
+    log = tmp_path / "log.jsonl"
+    log.write_text(log.read_text() + json.dumps({"step": 6}) + '\n{"step": 8, "cut o')
+    trainer.settings = TINY  # its checkpoint is the one of step 4
+    trainer.save(tmp_path / "checkpoint.pt")
+    train(TINY, tmp_path, CPU, QUIET)
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [2, 4, 6]
+
+
+def test_what_is_wrong_is_said_in_a_line(tmp_path):
+    for given, cause in (
+        (["evaluate", tmp_path], "checkpoint.pt"),
+        (["evaluate", tmp_path, "--pattern", "foo"], "unknown pattern 'foo'"),
+        (["plot", tmp_path], "no passkey.jsonl"),
+        (["train", tmp_path, "--pattern", "foo"], "unknown pattern 'foo'"),
+    ):
+        said = CliRunner().invoke(app, ["passkey", *map(str, given)])
+        assert said.exit_code == 1 and cause in said.output and not isinstance(said.exception, ValueError)
+
+
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
     train(TINY, tmp_path, CPU, QUIET)
     with pytest.raises(ValueError, match=r"other settings \(seed 0 there, 1 here\): use another folder"):
@@ -160,6 +198,8 @@ def test_accuracy_and_plot(tmp_path: Path):
             "trained": trained,
             "width": 64,
             "steps": steps,
+            "seed": 0,
+            "probe": 1.0,
             "context": 1_024,
             "depth": depth,
             "correct": right,
@@ -175,9 +215,9 @@ def test_accuracy_and_plot(tmp_path: Path):
         ]
     ]
     assert accuracy(rows) == {
-        ("longnet", 64, 100): {1_024: 0.25},
-        ("power", 64, 100): {1_024: 0.75},
-        ("power", 64, 200): {1_024: 1.0},
+        ("longnet", 64, 100, 0, 1.0): {1_024: 0.25},
+        ("power", 64, 100, 0, 1.0): {1_024: 0.75},
+        ("power", 64, 200, 0, 1.0): {1_024: 1.0},
     }
     (tmp_path / "passkey.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     drawn = plot(tmp_path).read_bytes()

@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from vllm_power.command_options import errors_in_one_line
+
 passkey = typer.Typer(no_args_is_help=True)
 
 Minutes = Annotated[
@@ -55,10 +57,10 @@ def train_command(
     per_depth: PerDepth = None,
 ) -> None:
     """Train under one pattern, write FOLDER/model, and evaluate it at every length and depth."""
-    from vllm_power.training.passkey_run import main
+    with errors_in_one_line("passkey", "train"):
+        from vllm_power.training.passkey_run import main
 
-    raise typer.Exit(
-        main(
+        status = main(
             folder,
             pattern=pattern,
             size=size,
@@ -69,7 +71,7 @@ def train_command(
             results=results or folder,
             per_depth=per_depth,
         )
-    )
+    raise typer.Exit(status)
 
 
 @passkey.command("evaluate")
@@ -83,16 +85,18 @@ def evaluate_command(
     per_depth: PerDepth = None,
 ) -> None:
     """Evaluate a trained model at every length and depth, under any pattern."""
-    from vllm_power.training.passkey_run import evaluate_folder
+    with errors_in_one_line("passkey", "train"):
+        from vllm_power.training.passkey_run import evaluate_folder
 
-    evaluate_folder(folder, pattern, results or folder, per_depth)
+        evaluate_folder(folder, pattern, results or folder, per_depth)
 
 
 @passkey.command("plot")
 def plot_command(
-    folder: Annotated[Path, typer.Option(help="Where passkey.jsonl is.")] = Path("docs/results"),
+    folder: Annotated[Path, typer.Argument(help="Where passkey.jsonl is.")],
 ) -> None:
-    """Draw accuracy by length, one line a pattern, into passkey.svg."""
-    from vllm_power.training.passkey_plot import plot
+    """Draw accuracy by length, one line a training, into passkey.svg."""
+    with errors_in_one_line("passkey", "train"):
+        from vllm_power.training.passkey_plot import plot
 
-    typer.echo(plot(folder))
+        typer.echo(plot(folder))

@@ -45,6 +45,8 @@ def evaluate(
             "trained": trainer.settings.pattern,
             "width": trainer.settings.width,
             "steps": trainer.step,
+            "seed": trainer.settings.seed,
+            "probe": trainer.settings.probe,
             "context": context,
             "depth": round((number + 0.5) / DEPTHS, 3),
             "correct": count,

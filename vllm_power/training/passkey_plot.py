@@ -1,31 +1,38 @@
 """Passkeys found by length, one line a training, after the paper's figure 3."""
 
-import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from vllm_power.bench.figures import pyplot, save
+from vllm_power.bench.results import Row, rows
 from vllm_power.pattern import NAMES
-
-Row = dict[str, Any]
 
 
 class Training(NamedTuple):
-    """What tells trainings apart: the pattern, the model's width, how many steps."""
+    """What tells trainings apart. seed: of weights and data; probe: the weight of the probe's loss."""
 
     pattern: str
     width: int
     steps: int
+    seed: int
+    probe: float
+
+    @property
+    def label(self) -> str:
+        """In a legend; what is usual is left out."""
+        text = f"{self.pattern}: width {self.width}, {self.steps:,} steps"
+        text += f", seed {self.seed}" if self.seed else ""
+        return text + (f", probe {self.probe:g}" if self.probe != 1 else "")
 
 
-def accuracy(rows: list[Row]) -> dict[Training, dict[int, float]]:
+def accuracy(measured: list[Row]) -> dict[Training, dict[int, float]]:
     """{training: {context: share of right passkeys over all depths}}, each model under the pattern of its training.
 
     Of rows for the same training, context and depth the last counts.
     """
     last = {
-        (Training(row["pattern"], row["width"], row["steps"]), row["context"], row["depth"]): row
-        for row in rows
+        (Training(*(row[name] for name in Training._fields)), row["context"], row["depth"]): row
+        for row in measured
         if row["pattern"] == row["trained"]
     }
     sums: dict[tuple[Training, int], list[int]] = {}
@@ -40,11 +47,13 @@ def accuracy(rows: list[Row]) -> dict[Training, dict[int, float]]:
 
 
 def plot(folder: Path) -> Path:
-    """Draw ``folder``/passkey.svg from ``folder``/passkey.jsonl. Raises FileNotFoundError where there is none.
+    """Draw ``folder``/passkey.svg from ``folder``/passkey.jsonl. Raises ValueError where there are no rows.
 
     Trainings under one pattern have its colour, and dashes but for the first.
     """
-    found = accuracy([json.loads(line) for line in (folder / "passkey.jsonl").read_text().splitlines()])
+    found = accuracy(rows(folder, "passkey"))
+    if not found:
+        raise ValueError(f"{folder} has no passkey.jsonl with rows of a training under its own pattern")
     figure, axes = pyplot().subplots(figsize=(9.5, 4))
     dashes: dict[str, list[str]] = {}
     for training in sorted(found, key=lambda training: (NAMES.index(training.pattern), -training.width)):
@@ -55,14 +64,12 @@ def plot(folder: Path) -> Path:
             marker="o",
             color=f"C{NAMES.index(training.pattern)}",
             linestyle=left.pop(0) if len(left) > 1 else left[0],
-            label=f"{training.pattern}: width {training.width}, {training.steps:,} steps",
+            label=training.label,
         )
-    axes.axvline(32_768, color="grey", linewidth=0.8, linestyle=":")
-    axes.set(xlabel="context, tokens", ylabel="passkeys found, %", title="A small model, trained up to 32K")
+    axes.set(xlabel="context, tokens", ylabel="passkeys found, %", title="Passkeys that small models find")
     axes.set_xscale("log", base=2)
-    axes.set_xticks(
-        [2**power for power in range(10, 17)], [f"{2**power // 1024}K" for power in range(10, 17)]
-    )
+    contexts = sorted({context for shares in found.values() for context in shares})
+    axes.set_xticks(contexts, [f"{context / 1024:g}K" for context in contexts])
     axes.set_ylim(-3, 103)
     axes.grid(alpha=0.3)
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1))

@@ -76,7 +76,9 @@ def main(
 
 
 def evaluate_folder(folder: Path, pattern: str | None, results: Path, per_depth: int | None) -> None:
-    """Evaluate the checkpoint in ``folder`` under ``pattern`` (None: its own)."""
+    """Evaluate the checkpoint in ``folder`` under ``pattern`` (None: its own). Raises OSError, ValueError."""
+    if pattern:
+        preset(pattern)  # a wrong name, before anything is read
     trainer = Trainer.of_checkpoint(folder / CHECKPOINT, _device())
     _evaluate(trainer, pattern or trainer.settings.pattern, results, per_depth, Console())
 
@@ -117,6 +119,7 @@ def train(settings: Settings, folder: Path, device: torch.device, console: Conso
     if checkpoint.exists():
         trainer.load(checkpoint)
         console.print(f"going on at step {trainer.step} after {trainer.elapsed:.0f} s")
+    _keep_log(folder / LOG, trainer.step)
     with (
         _stop_requests() as stop_requested,
         _bar(console) as show,
@@ -153,8 +156,15 @@ def _loop(
             trainer.save(checkpoint)
             saved = time.monotonic()
     trainer.save(checkpoint)
-    if progress < 1:
+    if progress < 1 or stop_requested():
         raise Stopped(f"stopped at step {trainer.step}; the same command goes on from {checkpoint}")
+
+
+def _keep_log(log: Path, step: int) -> None:
+    """Drop what was logged after the checkpoint at ``step`` and before a kill: those steps come again."""
+    if log.exists():
+        lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        log.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
 
 
 def _progress(trainer: Trainer) -> float:

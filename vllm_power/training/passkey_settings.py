@@ -33,7 +33,7 @@ class Settings:
 
     muon_lr, weight_decay: for the matrices of the layers, which Muon moves as far at a loss near 0 as before; without
     decay they would wander off. lr: AdamW's, for everything else. decay: over this last share of the training the rates
-    fall to nothing. probe: the weight of the probe's loss.
+    fall to a fiftieth. probe: the weight of the probe's loss.
     """
 
     pattern: str = "power"

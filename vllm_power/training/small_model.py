@@ -21,14 +21,14 @@ Rotation = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class Sizes:
-    """The model's sizes. The defaults, with the task's words, make 9.1 MiB in bfloat16."""
+    """The model's sizes, named as in a Llama's configuration where that is short."""
 
     vocab_size: int
-    width: int = 256
-    layers: int = 8
-    heads: int = 4
-    kv_heads: int = 2
-    ffn: int = 512
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    ffn: int
     rope_theta: float = 1e7
 
     @property

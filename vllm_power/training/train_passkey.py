@@ -3,8 +3,8 @@
 What makes it quick:
 - every token between passkey and question is asked for the passkey by a probe that is thrown away later, so relaying it
   is learnt from all of them and not from the few answers alone;
-- documents grow, and with them the number of hops; until the last stage blocks are half as large, so that as many
-  hops fit into half the tokens;
+- documents grow, and with them the number of hops; until the last stage blocks are smaller, so that as many hops fit
+  into fewer tokens;
 - the matrices inside the layers learn by Muon, the rest by AdamW;
 - one compiled layer serves all lengths (packing.py).
 """
@@ -22,6 +22,7 @@ from torch import nn
 
 from vllm_power.pattern import preset
 from vllm_power.training import passkey_data as data
+from vllm_power.training.masks import LARGEST_TILE
 from vllm_power.training.packing import Packing, pack
 from vllm_power.training.passkey_settings import Settings, Stage
 from vllm_power.training.small_model import SmallModel
@@ -157,7 +158,7 @@ class Trainer:
         return answer_loss + self.settings.probe * probe_loss, numbers, right.all(-1).sum()
 
     def _rate(self, progress: float) -> float:
-        """The learning rate's factor: a warm-up, then 1, then down to 0 over the last part."""
+        """The learning rate's factor: a warm-up, then 1, then down to a fiftieth over the last part."""
         warm = min(1.0, (self.step + 1) / self.settings.warmup_steps)
         return warm * min(1.0, max(0.02, (1 - progress) / self.settings.decay))
 
@@ -180,13 +181,17 @@ class Trainer:
 
     @classmethod
     def of_checkpoint(cls, path: Path, device: torch.device) -> "Trainer":
-        """The settings, weights and step of the training that wrote ``path``, to evaluate on whatever device."""
+        """The settings, weights and step of the training that wrote ``path``, to evaluate.
+
+        On ``device``, unless the blocks are smaller than a GPU's tiles: then on the CPU.
+        """
         state = torch.load(path, map_location="cpu", weights_only=True)
         stored = state["settings"]
         curriculum = tuple(
             Stage(stage["until"], tuple(stage["blocks"]), stage["shrink"]) for stage in stored["curriculum"]
         )
-        trainer = cls(Settings(**{**stored, "curriculum": curriculum}), device)
+        settings = Settings(**{**stored, "curriculum": curriculum})
+        trainer = cls(settings, torch.device("cpu") if settings.block_size % LARGEST_TILE else device)
         trainer.model.load_state_dict(state["model"])
         trainer.step = state["step"]
         return trainer
@@ -198,12 +203,14 @@ class Trainer:
         theirs = json.loads(json.dumps(state["settings"]))
         if ours != theirs:
             different = ", ".join(
-                f"{key} {theirs.get(key)} there, {value} here"
+                "another curriculum"
+                if key == "curriculum"
+                else f"{key} {theirs.get(key)} there, {value} here"
                 for key, value in ours.items()
                 if theirs.get(key) != value
             )
             raise ValueError(
-                f"{path} is of other settings ({different}): use another folder, or those settings"
+                f"{path} is of other settings ({different}): use another folder, or those options"
             )
         self.model.load_state_dict(state["model"])
         self.probe.load_state_dict(state["probe"])
