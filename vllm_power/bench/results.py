@@ -9,20 +9,28 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path("docs/results")
+ABOVE = Path(__file__).resolve().parents[2]  # a checkout, or where the wheel was installed
 Row = dict[str, Any]
+
+
+def gpu_name() -> str | None:
+    """The GPU that torch takes; None where it sees none."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
 def machine() -> dict[str, Any]:
     """GPU, capability, driver, versions, commit and date of this run; those of a GPU are None where there is none."""
     import torch
 
+    gpu = gpu_name()
     versions: dict[str, str | None] = {}
     for package in ("vllm", "torch", "triton", "vllm-power"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     capability = ".".join(map(str, torch.cuda.get_device_capability())) if gpu else None
     return {
         "gpu": gpu,
@@ -32,8 +40,7 @@ def machine() -> dict[str, Any]:
         if gpu
         else None,
         "versions": versions,
-        # A machine that has the wheel but no repository is told.
-        "commit": _output("git", "rev-parse", "--short", "HEAD") or os.environ.get("POWER_COMMIT"),
+        "commit": _commit(),
         "date": datetime.now(UTC).date().isoformat(),
     }
 
@@ -74,6 +81,19 @@ def where(row: Row) -> str:
         f"{row['gpu'] or row.get('cpu')}, vLLM {versions['vllm']}, torch {versions['torch']}, "
         f"{row['date']}, commit {row['commit']}:"
     )
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this package runs from. Where it was installed from a wheel, POWER_COMMIT tells.
+
+    The repository around a site-packages folder, or around the current directory, is another project's.
+    """
+    found = (
+        _output("git", "-C", str(ABOVE), "rev-parse", "--short", "HEAD")
+        if (ABOVE / ".git").exists()
+        else None
+    )
+    return found or os.environ.get("POWER_COMMIT")
 
 
 def _cpu_model() -> str:
