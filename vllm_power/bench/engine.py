@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vllm_power.bench.results import Row
+from vllm_power.bench.results import Row, gpu_name
+from vllm_power.demo.server import stop
 
 QWEN2_7B: dict[str, Any] = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -98,24 +99,40 @@ def add_requests(llm_engine: Any, count: int, prompt: int, new_tokens: int) -> N
 def run_apart(module: str, *arguments: Any) -> Iterator[Row]:
     """Run ``module``, which ends in :func:`answer`, in a process of its own; yields its rows as they come.
 
-    Raises CalledProcessError where the process fails.
+    Raises CalledProcessError where the process fails. The process ends with the generator, however that ends.
     """
-    command = [sys.executable, "-m", module, json.dumps(arguments)]
+    # -P: a folder of the current directory must not stand in for a package, as kernels/ would for transformers.
+    command = [sys.executable, "-P", "-m", module, json.dumps(arguments)]
     environment = {"VLLM_LOGGING_LEVEL": "WARNING"} | os.environ
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    # A session of its own, so that what the engine started can be ended with it.
+    child = subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
     assert child.stdout is not None
-    for line in child.stdout:
-        if line.startswith('{"bench"'):
-            say(line.rstrip()[:300])
-            yield json.loads(line)
-    if child.wait():
-        raise subprocess.CalledProcessError(child.returncode, command[:3])
+    try:
+        for line in child.stdout:
+            if line.startswith('{"bench"'):
+                say(line.rstrip()[:300])
+                yield json.loads(line)
+        if child.wait():
+            raise subprocess.CalledProcessError(child.returncode, command[:-1])
+    finally:
+        stop(child, grace=20)
+        child.stdout.close()
 
 
 def answer(measure: Callable[..., Iterator[Row]]) -> None:
     """The other side of :func:`run_apart`: print the rows of ``measure``, called with the arguments that came."""
     for row in measure(*json.loads(sys.argv[1])):
         print(json.dumps(row), flush=True)
+
+
+def lacks_gpu(what: str, instead: str) -> bool:
+    """Whether there is no NVIDIA GPU; says then that ``what`` needs one, and what to do ``instead``."""
+    lacks = gpu_name() is None
+    if lacks:
+        say(f"{what}: needs an NVIDIA GPU, and torch sees none; {instead}.")
+    return lacks
 
 
 def say(line: str) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,8 @@ def wait_until_healthy(
     raise ServerFailed(f"the server did not answer within {timeout:.0f} s", None, server.log)
 
 
-def stop(process: subprocess.Popen[bytes], grace: float) -> None:
-    """End the server by SIGTERM; after `grace` seconds end it and its child processes by SIGKILL."""
+def stop(process: subprocess.Popen[Any], grace: float) -> None:
+    """End a process, the leader of its session, by SIGTERM, after `grace` seconds by SIGKILL; then what it started."""
     if process.poll() is None:
         process.terminate()
         try:
