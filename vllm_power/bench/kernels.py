@@ -5,7 +5,8 @@ which layers take turns, so that keys come from memory and not from a cache. Row
 """
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from vllm_power.bench import results
 from vllm_power.bench.kernels_data import Work, copy_bandwidth, make_work, matmul_rate, time_calls, time_graph
 from vllm_power.pattern import POWER
 
-CONTEXTS = (512, 1_024, 2_048, 4_096, 8_192, 16_384, 32_768, 65_536, 131_072)
+CONTEXTS = (1_024, 8_192, 16_384, 131_072)
 MILLION = 1 << 20
 BATCHES = (1, 8, 64)
 PAGES = (16, 256)
@@ -41,7 +42,7 @@ def visible_flops(work: Work) -> int:
 
 
 def measure(bench: str, work: Work, peer: Callable[[Work, int], peers.Call]) -> dict[str, Any] | None:
-    """One row, or None where the peer is not installed or cannot do this work."""
+    """One row, or None where a peer is not installed or cannot do this work. Raises what our own kernel raises."""
     try:
         calls = [peer(work, layer) for layer in range(len(work.caches))]
         if bench == "decode":
@@ -51,6 +52,8 @@ def measure(bench: str, work: Work, peer: Callable[[Work, int], peers.Call]) -> 
         else:
             times = time_calls(calls[0], 0.2)
     except (ImportError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        if peer is peers.power:
+            raise
         what = f"{peer.__name__}, {work.context} x {work.batch}, page {work.page}"
         Console(stderr=True).print(
             f"{what}: {type(error).__name__}: {str(error)[-400:]}"
@@ -68,14 +71,14 @@ def measure(bench: str, work: Work, peer: Callable[[Work, int], peers.Call]) -> 
     }
 
 
-def prefill_rows(contexts: Sequence[int], pages: Sequence[int]) -> Iterator[dict[str, Any]]:
+def prefill_rows(contexts: tuple[int, ...]) -> Iterator[dict[str, Any]]:
     for context in contexts:
-        for page in pages:
+        for page in PAGES:
             work = make_work(context, page=page)
             for peer in peers.PREFILL:
-                if peer is peers.flex and (page != pages[-1] or context not in FLEX_CONTEXTS):
+                if peer is peers.flex and (page != PAGES[-1] or context not in FLEX_CONTEXTS):
                     continue
-                if peer in (peers.dense_fa3, peers.triton_dense) and page != pages[0]:
+                if peer in (peers.dense_fa3, peers.triton_dense) and page != PAGES[0]:
                     continue  # their time hardly depends on the page
                 if peer is peers.triton_dense and context >= MILLION:
                     continue
@@ -86,18 +89,16 @@ def prefill_rows(contexts: Sequence[int], pages: Sequence[int]) -> Iterator[dict
             torch.cuda.empty_cache()
 
 
-def decode_rows(
-    contexts: Sequence[int], batches: Sequence[int], pages: Sequence[int]
-) -> Iterator[dict[str, Any]]:
-    for context in contexts:
-        for batch in batches:
-            for page in pages:
+def decode_rows() -> Iterator[dict[str, Any]]:
+    for context in CONTEXTS:
+        for batch in BATCHES:
+            for page in PAGES:
                 probe = make_work(context, batch, 1, page, layers=0)
                 whole = batch * context * 2 * probe.shape.kv_heads * probe.shape.head_size * 2
                 layers = max(1, min(20, VISIBLE_BYTES // visible_bytes(probe), CACHE_BYTES // whole))
                 work = make_work(context, batch, 1, page, layers=layers)
                 for peer in peers.DECODE:
-                    if peer in (peers.dense_fa3, peers.triton_dense) and page != pages[0]:
+                    if peer in (peers.dense_fa3, peers.triton_dense) and page != PAGES[0]:
                         continue
                     row = measure("decode", work, peer)
                     if row:
@@ -106,14 +107,7 @@ def decode_rows(
                 torch.cuda.empty_cache()
 
 
-def main(
-    contexts: Sequence[int] = CONTEXTS,
-    batches: Sequence[int] = BATCHES,
-    pages: Sequence[int] = PAGES,
-    million: bool = True,
-    record: bool = True,
-    folder: Path = results.FOLDER,
-) -> int:
+def main(million: bool = True, folder: Path = results.FOLDER) -> int:
     """Measure, print the table and append the rows to ``folder``/kernels.jsonl, each as it is measured. Returns 0.
 
     million: prefill also one prompt of 1,048,576 tokens, which takes a dense kernel a quarter of a minute.
@@ -125,22 +119,14 @@ def main(
         {"bench": "ceiling", "impl": "matmul_8192", "tflops": matmul_rate()},
     ]
     torch.cuda.empty_cache()
-    if record:
-        results.append("kernels", rows, folder, here)
-    sources = [
-        decode_rows(contexts, batches, pages),
-        prefill_rows(contexts, pages),
-        prefill_rows([MILLION] if million else [], pages),
-    ]
-    for source in sources:
-        for row in source:
-            rows.append(row)
-            if record:
-                results.append("kernels", [row], folder, here)
-            console.print(
-                f"{row['bench']} {row['context']} x {row['batch']}, page {row['page']}, {row['impl']}: "
-                f"{row['median_ms']:.4f} ms"
-            )
+    results.append("kernels", rows, folder, here)
+    for row in chain(decode_rows(), prefill_rows((*CONTEXTS, MILLION) if million else CONTEXTS)):
+        rows.append(row)
+        results.append("kernels", [row], folder, here)
+        console.print(
+            f"{row['bench']} {row['context']} x {row['batch']}, page {row['page']}, {row['impl']}: "
+            f"{row['median_ms']:.4f} ms"
+        )
     Console(width=150).print(table(rows))
     return 0
 
