@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 from typer.testing import CliRunner
 
-from vllm_power.bench import memory, memory_live, memory_throughput, report_memory, results
+from vllm_power.bench import engine, memory, memory_live, memory_throughput, report_memory, results
 from vllm_power.cli import app
 
 runner = CliRunner()
@@ -30,6 +30,7 @@ def apart(monkeypatch):
 
     monkeypatch.setattr(memory, "run_apart", run_apart)
     monkeypatch.setattr(results, "machine", lambda: MACHINE)
+    monkeypatch.setattr(engine, "gpu_name", lambda: None)
     return started
 
 
@@ -121,6 +122,18 @@ def test_the_table_sets_the_two_parts_of_the_gain_apart():
     assert "| 100 | 200 | 300 | 3.00x = 2.00x attention, 1.50x more sequences |" in table
 
 
+def test_what_is_printed_sets_a_works_parts_apart(capsys):
+    memory._print_table(
+        [
+            row("scheduler_step", "power", 2.0, unit="ms", work="decode", prefix_caching=True),
+            row("throughput", "power", 3.0, unit="tokens/s", truncated=True),
+        ]
+    )
+    printed = capsys.readouterr().out
+    assert "decode, prefix caching on" in printed
+    assert "cut off" in printed and ", cut off" not in printed
+
+
 def test_each_machine_has_a_table_of_its_own():
     same = {"cache_sequences": 4, "cache_pages": 20, "page": 256}
     measured = [
@@ -133,9 +146,3 @@ def test_each_machine_has_a_table_of_its_own():
     assert table.count("commit abc:") == 2
     assert "| 4 | 20 | 5.0x |" in table
     assert "| 2.000 |  | 2.100 | +5.0 % |" in table
-
-
-def test_the_commit_where_there_is_no_repository(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("POWER_COMMIT", "1234567")
-    assert results.machine()["commit"] == "1234567"

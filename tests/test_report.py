@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from vllm_power.bench import report
+from vllm_power.cli import app
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "docs" / "results"
@@ -72,3 +74,12 @@ def test_the_plots_are_drawn_from_the_rows(tmp_path, name, plot):
     drawn = plot(tmp_path).read_text()
     assert drawn.startswith("<?xml") and len(drawn) > 5_000
     assert plot(tmp_path).read_text() == drawn
+
+
+def test_outside_a_checkout_the_command_says_so_in_one_line(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, ["bench", "report"])
+    assert done.exit_code == 1
+    assert "no README.md and no docs/results here" in done.stderr
+    assert done.output.count("\n") == 1
+    assert not list(tmp_path.iterdir())

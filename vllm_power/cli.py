@@ -51,6 +51,14 @@ def bench_callback() -> None:
     """Measure, and compare with dense attention."""
 
 
+def need_gpu(command: str) -> None:
+    """End the command where there is no NVIDIA GPU, before it imports what there may only be beside one."""
+    from vllm_power.bench.engine import lacks_gpu
+
+    if lacks_gpu(command, "vllm-power bench cpu compares on a CPU"):
+        raise typer.Exit(1)
+
+
 @bench.command("cpu")
 def bench_cpu_command(
     seconds: Annotated[float, typer.Option(min=0.1, help="Time for each case.")] = 4.0,
@@ -68,6 +76,7 @@ def bench_serve_command(
     folder: Annotated[Path, typer.Option(help="Where serve.jsonl is.")] = Path("docs/results"),
 ) -> None:
     """The whole engine on a GPU, against vLLM's FlashAttention; appends its rows to serve.jsonl."""
+    need_gpu("bench serve")
     from vllm_power.bench.serve import main
 
     raise typer.Exit(main(repeats=repeats, folder=folder))
@@ -79,6 +88,7 @@ def bench_kernels_command(
     folder: Annotated[Path, typer.Option(help="Where kernels.jsonl is.")] = Path("docs/results"),
 ) -> None:
     """The kernels on a GPU, against their peers; appends its rows to kernels.jsonl."""
+    need_gpu("bench kernels")
     from vllm_power.bench.kernels import main
 
     raise typer.Exit(main(million=million, folder=folder))
@@ -112,7 +122,7 @@ def bench_report_command() -> None:
     """Draw the README's tables and the plots in docs/results anew from the recorded rows."""
     from vllm_power.bench.report import main
 
-    main()
+    raise typer.Exit(main())
 
 
 @app.command("explore")

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from vllm_power.bench import results
-from vllm_power.bench.engine import QWEN2_7B, run_apart, say
+from vllm_power.bench.engine import QWEN2_7B, lacks_gpu, run_apart, say
 from vllm_power.bench.results import Row
 from vllm_power.pattern import POWER
 
@@ -70,8 +70,7 @@ def main(
     rows: list[Row] = []
     failures = 0
     for part in parts:
-        if part == "throughput" and not on_gpu:
-            say("throughput: needs an NVIDIA GPU, and there is none; the other parts run without one.")
+        if part == "throughput" and lacks_gpu(part, "the other parts run without one"):
             failures += tuple(parts) != PARTS  # asked for by name
             continue
         for module, job in jobs(part, on_gpu, requests, context, output, cache_sequences, seconds):
@@ -95,11 +94,11 @@ def _print_table(rows: list[Row]) -> None:
     for column in ("what", "", "implementation", "context", "output", "value", "unit"):
         table.add_column(column, justify="right" if column in ("context", "output", "value") else "left")
     for row in rows:
-        kind = row.get("work", "")
+        kinds = [row["work"]] if "work" in row else []
         if "prefix_caching" in row:
-            kind += ", prefix caching " + ("on" if row["prefix_caching"] else "off")
+            kinds.append("prefix caching " + ("on" if row["prefix_caching"] else "off"))
         if row.get("truncated"):
-            kind += "cut off"
+            kinds.append("cut off")
         numbers = (f"{row['context']:,}", f"{row['output']:,}", f"{row['value']:,.4g}")
-        table.add_row(row["bench"], kind, row["impl"], *numbers, row["unit"])
+        table.add_row(row["bench"], ", ".join(kinds), row["impl"], *numbers, row["unit"])
     Console(width=130).print(table)

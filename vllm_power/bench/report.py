@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vllm_power.bench import report_memory
+from vllm_power.bench.engine import say
 from vllm_power.bench.figures import pyplot, save
 from vllm_power.bench.results import Row, last_run, rows, where
 from vllm_power.executors import FASTEST
@@ -161,8 +162,14 @@ def fastest(measured: list[Row]) -> dict[str, dict[str, str]]:
     return table
 
 
-def main(page: Path = Path("README.md"), folder: Path = Path("docs/results")) -> None:
-    """Draw the tables of ``page`` and the plots anew, and write down which executor ``auto`` takes."""
+def main(page: Path = Path("README.md"), folder: Path = Path("docs/results")) -> int:
+    """Draw the tables of ``page`` and the plots anew, and write down which executor ``auto`` takes.
+
+    Returns 0, or 1 where there is no ``page`` or ``folder``.
+    """
+    if missing := [str(path) for path in (page, folder) if not path.exists()]:
+        say(f"bench report: there is no {' and no '.join(missing)} here; run it in a checkout of vllm-power.")
+        return 1
     if choices := fastest(rows(folder, "kernels")):
         FASTEST.write_text(json.dumps(choices) + "\n")
     page.write_text(filled(page.read_text(), folder))
@@ -173,3 +180,4 @@ def main(page: Path = Path("README.md"), folder: Path = Path("docs/results")) ->
         plot_rates(folder)
     if rows(folder, "memory"):
         report_memory.plot(folder)
+    return 0
