@@ -7,14 +7,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from random_model import make_model
+from typer.testing import CliRunner
 
-from vllm_power.demo import passkeys
+from vllm_power.cli import app
+from vllm_power.demo import passkeys, requests
 from vllm_power.demo import server as server_module
 from vllm_power.demo.run import run, shorten
-from vllm_power.demo.server import ServerFailed, last_lines, serve
+from vllm_power.demo.server import Server, ServerFailed, last_lines, serve
 from vllm_power.training.passkey_data import ANSWER
 from vllm_power.training.passkey_export import make_tokenizer
 
@@ -119,6 +122,51 @@ def test_a_failed_demo_shows_the_log_and_fails(stand_in, monkeypatch, capsys):
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     assert run(model="--refuse", backend="power", tokens=None) == 1
     assert "the cause" in capsys.readouterr().out
+
+
+def without_the_command(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+
+
+def without_the_name(monkeypatch, tmp_path):
+    monkeypatch.setattr(server_module, "distributions", lambda name: iter(()))
+
+
+@pytest.mark.parametrize("missing", [without_the_command, without_the_name])
+def test_a_demo_without_vllm_says_so_in_one_line(monkeypatch, tmp_path, missing):
+    missing(monkeypatch, tmp_path)
+    done = CliRunner().invoke(app, ["demo"])
+    assert done.exit_code == 1
+    assert "vLLM is not installed here" in done.stderr and "vllm-power doctor" in done.stderr
+    assert done.output.count("\n") == 1
+
+
+# --- prompts for a model of one's own --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("characters", [1, 3, 9], ids="{} characters a token".format)
+def test_a_long_prompt_may_be_longer_than_the_text(monkeypatch, characters):
+    monkeypatch.setattr(requests, "english_text", lambda: "some words. " * 50)
+    monkeypatch.setattr(requests, "count_tokens", lambda server, model, text: len(text) // characters)
+    tokens = len(requests.long_prompt(None, "m", 2000)) / characters
+    assert 2000 <= tokens < 2100
+
+
+def test_a_server_that_counts_no_tokens_is_reported(monkeypatch, tmp_path):
+    """As where it refuses a text, or has ended."""
+
+    def create(**_):
+        message = SimpleNamespace(content="hello")
+        usage = SimpleNamespace(prompt_tokens=1, completion_tokens=1)
+        return SimpleNamespace(choices=[SimpleNamespace(message=message)], usage=usage)
+
+    chat = SimpleNamespace(completions=SimpleNamespace(create=create))
+    monkeypatch.setattr(requests, "client_of", lambda server: SimpleNamespace(chat=chat))
+    server = Server(f"http://127.0.0.1:{server_module.free_port()}", 0, tmp_path / "server.log")
+    answers = requests.answers(server, "m", 2000)
+    assert next(answers).text == "hello"
+    with pytest.raises(ServerFailed, match="was not answered"):
+        next(answers)
 
 
 # --- small models --------------------------------------------------------------------------------------------------

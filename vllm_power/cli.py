@@ -41,6 +41,13 @@ def demo_command(
     ] = None,
 ) -> None:
     """Serve a small model with the backend, ask it for passkeys in long prompts over the OpenAI API, and stop it."""
+    from vllm_power.demo.server import VllmMissing, vllm_executable
+
+    try:
+        vllm_executable()  # first: most of what the rest imports comes with vLLM
+    except VllmMissing as error:
+        typer.echo(f"{error}.", err=True)
+        raise typer.Exit(1) from None
     from vllm_power.demo.run import run
 
     raise typer.Exit(run(model=model, backend=backend, tokens=tokens))

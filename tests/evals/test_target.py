@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from vllm_power.demo import server
 from vllm_power.demo.server import ServerFailed
 from vllm_power.evals import target as target_module
 from vllm_power.evals.settings import EvalError
@@ -55,6 +56,12 @@ def test_a_server_that_does_not_start_shows_its_log(evaluate, monkeypatch, tmp_p
     assert evaluate(target=OURS) == 2
     out = capsys.readouterr().out
     assert "ended with status 1" in out and "the cause" in out
+
+
+def test_without_vllm_there_is_no_server_to_start(evaluate, monkeypatch, capsys):
+    monkeypatch.setattr(server, "distributions", lambda name: iter(()))
+    assert evaluate(target=OURS) == 2
+    assert "vllm-power doctor" in capsys.readouterr().out
 
 
 def test_arguments():

@@ -47,7 +47,7 @@ def answers(server: Server, model: str, long_tokens: int) -> Iterator[Answer]:
         start = time.monotonic()
         completion = client.completions.create(prompt=prompt, **settings)
         yield answer("Long prompt", prompt, completion.choices[0].text, completion.usage, start)
-    except OpenAIError as error:
+    except (OpenAIError, OSError) as error:
         raise ServerFailed(f"a request was not answered: {error}", None, server.log) from error
 
 
@@ -64,17 +64,20 @@ def answer(title: str, prompt: str, text: str, usage: Any, start: float) -> Answ
 
 def long_prompt(server: Server, model: str, num_tokens: int) -> str:
     """Return English text and a question, together at least `num_tokens` tokens and hardly more."""
-    text = english_text()
     length = num_tokens * 4  # characters; a first guess, mended by what the server counts
-    while (counted := count_tokens(server, model, text[:length] + LONG_QUESTION)) < num_tokens:
-        if length >= len(text):
-            raise ValueError(f"a long prompt can have {counted} tokens at most, {num_tokens} are wanted")
+    while (counted := count_tokens(server, model, beginning(length) + LONG_QUESTION)) < num_tokens:
         length = int(length * 1.02 * num_tokens / counted)
-    return text[: int(length * num_tokens / counted * 1.01)] + LONG_QUESTION
+    return beginning(int(length * num_tokens / counted * 1.01)) + LONG_QUESTION
+
+
+def beginning(length: int) -> str:
+    """Return so many characters of English text, which starts anew where it is too short."""
+    text = english_text()
+    return (text * -(-length // len(text)))[:length]
 
 
 def count_tokens(server: Server, model: str, text: str) -> int:
-    """Return how many tokens the server makes of a text (vLLM's /tokenize)."""
+    """Return how many tokens the server makes of a text (vLLM's /tokenize). Raises OSError where it does not tell."""
     request = urllib.request.Request(
         f"{server.url}/tokenize",
         data=json.dumps({"model": model, "prompt": text}).encode(),

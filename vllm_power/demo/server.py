@@ -12,6 +12,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,10 @@ class ServerFailed(RuntimeError):
         self.log = log
 
 
+class VllmMissing(RuntimeError):
+    """This Python environment has no vLLM that could serve; the message says what helps."""
+
+
 @contextmanager
 def serve(
     model: str | Path,
@@ -53,7 +58,8 @@ def serve(
 
     env is added to this process's environment; log is a file for the server's output (default: a new one).
     While the server starts, on_wait(seconds so far, last log line) is called about four times a second.
-    Raises ServerFailed if the server ends before it answers /health, or needs more than `timeout` seconds.
+    Raises ServerFailed if the server ends before it answers /health, or needs more than `timeout` seconds,
+    and VllmMissing where there is no vLLM to start.
     """
     port = free_port()
     log = Path(log) if log else Path(tempfile.mkdtemp(prefix="vllm-power-")) / "server.log"
@@ -121,12 +127,16 @@ def vllm_executable() -> str:
     """Return the `vllm` command of this Python environment.
 
     Not `python -m vllm`, which puts the current directory, with folders of any name, on the import path.
+    Raises VllmMissing where it is not there, or cannot start for want of a distribution called vllm.
     """
     beside = Path(sys.executable).with_name("vllm")
+    remedy = "vllm-power doctor says how to install it"
     if not beside.exists():
-        raise FileNotFoundError(
-            f"there is no vllm command beside {sys.executable}: vLLM is not installed here"
+        raise VllmMissing(
+            f"vLLM is not installed here: there is no vllm command in {beside.parent}; {remedy}"
         )
+    if not any(distributions(name="vllm")):
+        raise VllmMissing(f"vLLM is not installed here under the name vllm, which it asks for; {remedy}")
     return str(beside)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from vllm_power.demo.server import ServerFailed, last_lines
+from vllm_power.demo.server import ServerFailed, VllmMissing, last_lines
 from vllm_power.evals import gate, logprobs, report, ruler, runner, token_passkey
 from vllm_power.evals.endpoint import Endpoint, Model
 from vllm_power.evals.figures import Figures, figures
@@ -50,7 +50,7 @@ def run(job: Job) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that servers are stopped then too
     try:
         return evaluate(job)
-    except EvalError as error:
+    except (EvalError, VllmMissing) as error:
         console.print(f"Failed: {error}.", style="red", markup=False, soft_wrap=True)
         return 2
     except ServerFailed as failure:
