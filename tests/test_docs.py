@@ -28,6 +28,7 @@ pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to
 def commands(text: str, program: str) -> list[list[str]]:
     """Words of every use of `program` in the fenced and inline code of a page, the program itself left out."""
     code = "\n".join(FENCE.findall(text) + INLINE_CODE.findall(FENCE.sub("", text)))
+    code = code.replace("\\\n", " ")
     lines = re.findall(rf"^\s*(?:\$ |\S*/)?{re.escape(program)} +([^\n#]+)", code, flags=re.M)
     return [shlex.split(line) for line in lines]
 
@@ -39,17 +40,48 @@ def test_make_targets_exist(page):
         assert set(targets) <= TARGETS, f"make {' '.join(words)}"
 
 
-@pages
-def test_subcommands_exist(page):
-    for words in commands(page.read_text(), "vllm-power"):
-        command = typer.main.get_command(app)
-        for word in words:
-            if not hasattr(command, "commands"):
-                break  # the rest are arguments
-            if word.startswith("-"):
-                continue
-            assert word in command.commands, f"vllm-power {' '.join(words)}"
+def unknown(words: list[str]) -> list[str]:
+    """Of a `vllm-power` command line: the subcommands and options that there are not."""
+    command = typer.main.get_command(app)
+    found = []
+    for word in words:
+        context = typer.Context(command, **command.context_settings)
+        if word == "--" or context.ignore_unknown_options:
+            break  # the rest goes to another program
+        if word.startswith("--"):
+            parameters = command.get_params(context)
+            options = {name for parameter in parameters for name in parameter.opts + parameter.secondary_opts}
+            if word.partition("=")[0] not in options:
+                found.append(word)
+        elif hasattr(command, "commands"):
+            if word not in command.commands:
+                return [*found, word]
             command = command.commands[word]
+    return found
+
+
+@pages
+def test_commands_and_their_options_exist(page):
+    for words in commands(page.read_text(), "vllm-power"):
+        assert not unknown(words), f"vllm-power {' '.join(words)}"
+
+
+@pytest.mark.parametrize(
+    "line, found",
+    [
+        ("bench cpu --seconds 2", []),
+        ("bench kernels --no-million --folder=x", []),
+        ("--help", []),
+        ("bench --help", []),
+        ("eval --serve MODEL -- --max-model-len 32768", []),
+        ("pattern power --tokens 4096", []),
+        ("bench gpu --seconds 2", ["gpu"]),
+        ("bench cpu --anything --seconds=2", ["--anything"]),
+        ("--anything demo", ["--anything"]),
+    ],
+)
+def test_what_there_is_not_is_found(line, found):
+    assert unknown(line.split()) == found
 
 
 @pages
@@ -120,6 +152,7 @@ def test_the_readme_has_every_option_and_its_default():
         ("```\n$ make test PYTHON=python3.12  # all\n```", "make", [["test", "PYTHON=python3.12"]]),
         ("run `vllm-power bench cpu` now", "vllm-power", [["bench", "cpu"]]),
         ("```\n.venv/bin/vllm-power demo\n```", "vllm-power", [["demo"]]),
+        ("```\nvllm-power demo \\\n  --tokens 64\n```", "vllm-power", [["demo", "--tokens", "64"]]),
         ("make sure that prose is left alone", "make", []),
     ],
 )
