@@ -46,7 +46,8 @@ def test_the_command_runs_its_parts_and_keeps_their_rows(apart, tmp_path):
 def test_a_part_that_needs_a_gpu_fails_where_it_is_asked_for(apart, tmp_path):
     done = runner.invoke(app, ["bench", "memory", "--part", "throughput", "--folder", str(tmp_path)])
     assert done.exit_code == 1
-    assert "needs an NVIDIA GPU" in done.output
+    assert "needs an NVIDIA GPU" in done.stderr
+    assert done.output.count("\n") == 1
     assert not apart
 
 

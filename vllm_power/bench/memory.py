@@ -82,7 +82,8 @@ def main(
             except subprocess.CalledProcessError as failure:
                 say(f"{part} {job[0]}: failed with status {failure.returncode}")
                 failures += 1
-    _print_table(rows)
+    if rows:
+        _print_table(rows)
     return int(failures > 0)
 
 
