@@ -3,6 +3,7 @@ time, so it is done here and undone at once: servers that tests start must not i
 tests that run on it are marked, for ``make test-gpu``."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,10 @@ ON_A_GPU = (
     "e2e/test_invariance.py",
     "e2e/test_reclaim.py",
 )
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # A shell that starts tests in the background has them ignore Ctrl-C, and all that they start in turn.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
