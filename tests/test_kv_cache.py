@@ -6,7 +6,6 @@ belong there; the worker's page tables keep stale ids, as vLLM's do.
 """
 
 import itertools
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +20,6 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_power import kv_cache
 from vllm_power.kv_cache import PowerAttentionManager, PowerAttentionSpec
 from vllm_power.lifetimes import lifetimes
 from vllm_power.pattern import Pattern, preset
@@ -349,52 +347,6 @@ def test_a_hit_shrinks_when_a_needed_page_is_gone_and_not_when_another_is():
 def test_vllms_own_specs_are_still_registered():
     assert KVCacheSpecRegistry.get_manager_class(FULL).__name__ == "FullAttentionManager"
     assert KVCacheSpecRegistry.get_manager_class(make_spec()) is PowerAttentionManager
-
-
-def config_with(**fields):
-    base = {
-        "additional_config": {"power": fields.pop("power", {})},
-        "kv_transfer_config": None,
-        "scheduler_config": SimpleNamespace(disable_hybrid_kv_cache_manager=False),
-        "model_config": SimpleNamespace(
-            max_model_len=MAX_LEN, hf_config=None, hf_text_config=None, runner_type="generate"
-        ),
-        "max_in_flight_tokens": 128,
-        "num_speculative_tokens": 0,
-        "num_lookahead_tokens": 0,
-    }
-    return SimpleNamespace(**{**base, **fields})
-
-
-@pytest.mark.parametrize(
-    "fields, reason",
-    [
-        ({}, None),
-        ({"power": {"reclaim": False}}, "reclaim is false"),
-        ({"kv_transfer_config": object()}, "KV connector"),
-        ({"scheduler_config": SimpleNamespace(disable_hybrid_kv_cache_manager=True)}, "disable-hybrid"),
-        ({"power": {"pattern": "full"}}, "full"),
-    ],
-    ids=["on", "option", "connector", "hybrid_off", "full"],
-)
-def test_where_it_can_not_apply_the_spec_stays_and_says_why(fields, reason):
-    config = config_with(**fields)
-    why = kv_cache.why_not(config)
-    assert (why is None) if reason is None else (reason in why)
-    kv_cache.configure(config)
-    full = FullAttentionSpec(block_size=256, num_kv_heads=2, head_size=64, dtype=torch.float32)
-    spec = kv_cache.customize_spec(full)
-    assert isinstance(spec, PowerAttentionSpec) is (reason is None)
-    assert spec.page_size_bytes == full.page_size_bytes
-
-
-def test_a_draft_model_leaves_the_targets_settings_alone():
-    kv_cache.configure(config_with())
-    draft = config_with()
-    draft.model_config.runner_type, draft.model_config.max_model_len = "draft", 64
-    kv_cache.configure(draft)
-    full = FullAttentionSpec(block_size=256, num_kv_heads=2, head_size=64, dtype=torch.float32)
-    assert kv_cache.customize_spec(full).max_model_len == MAX_LEN
 
 
 def test_a_page_larger_than_a_block_is_refused():
