@@ -19,15 +19,20 @@ Dtype = Annotated[str, typer.Option(help="As in transformers: auto, bfloat16, fl
 Device = Annotated[str, typer.Option(help="As transformers' device_map: auto, cpu, cuda:0.")]
 
 
+class Stopped(Exception):
+    """A training was asked to stop before its end; the same command goes on from what it wrote."""
+
+
 @contextmanager
 def errors_in_one_line(command: str, extra: str) -> Iterator[None]:
-    """End a command with status 1 and one line where a file or a value is wrong, or a package of ``extra`` missing."""
+    """End a command with status 1 and one line where a file or a value is wrong, a package of ``extra`` is missing, or
+    a training stopped or can not go on."""
     try:
         yield
     except ModuleNotFoundError as error:
         typer.echo(f"{error.name} is not installed: pip install 'vllm-power[{extra}]'", err=True)
         raise typer.Exit(1) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, FloatingPointError, Stopped) as error:
         typer.echo(f"{command}: {error}", err=True)
         raise typer.Exit(1) from None
 

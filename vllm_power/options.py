@@ -122,6 +122,14 @@ def stored_in(*configs: Any) -> Mapping[str, Any] | None:
     return next((found for config in configs if (found := getattr(config, "power_attention", None))), None)
 
 
+def of_pattern(asked: Mapping[str, Any] | None, config: Any) -> PatternOptions:
+    """The pattern that a transformers config and the options ``asked`` for it make, put together as the server does.
+
+    Raises ValueError as :func:`resolve` does.
+    """
+    return PatternOptions(**resolve(asked, stored_in(config, config.get_text_config())).set_by_user)
+
+
 def of_config(vllm_config: "VllmConfig") -> PowerOptions:
     """The options in force for an engine. Raises ValueError as :func:`resolve` does."""
     command_line = None

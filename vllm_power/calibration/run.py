@@ -39,7 +39,7 @@ def run(
     disable_progress_bar()
     config = AutoConfig.from_pretrained(model)
     stored = _stored(config)
-    wanted = _options(given, stored)
+    wanted = _options(given, config)
     text_config = config.get_text_config()
     windowed = sorted(layers.keeping_their_own(text_config))
     choose.check_budget(budget, text_config.num_hidden_layers - len(windowed))
@@ -91,15 +91,14 @@ def run(
 
 def _stored(config: Any) -> options.PatternOptions | None:
     """The checkpoint's options, as the server reads them."""
-    found = options.stored_in(config, config.get_text_config())
-    return options.PatternOptions(**options.resolve(None, found).set_by_user) if found else None
+    found = options.of_pattern(None, config)
+    return found if found.set_by_user else None
 
 
-def _options(given: str | None, stored: options.PatternOptions | None) -> options.PatternOptions:
-    """What --options and the checkpoint say, as the server puts the two together, save for dense layers."""
+def _options(given: str | None, config: Any) -> options.PatternOptions:
+    """What --options and the checkpoint say, save for dense layers."""
     asked = json_object(given or "{}", "--options")
     if "dense_layers" in asked:
         raise ValueError(REMEDY_DENSE)
-    kept = dict(stored.set_by_user) if stored is not None else {}
-    kept.pop("dense_layers", None)
-    return options.PatternOptions(**options.resolve(asked, kept or None).set_by_user)
+    found = options.of_pattern(asked, config).set_by_user
+    return options.PatternOptions(**{name: value for name, value in found.items() if name != "dense_layers"})

@@ -5,10 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from openai import OpenAIError
-
-from vllm_power.demo.requests import Answer, answer, client_of
-from vllm_power.demo.server import Server, ServerFailed
+from vllm_power.demo.requests import Answer, answer, client_of, failing_as
+from vllm_power.demo.server import Server
 from vllm_power.training import passkey_data as data
 
 MODEL = Path(__file__).with_name("passkey_model")
@@ -44,12 +42,10 @@ def answers(server: Server, model: str, prompts: list[Hidden]) -> Iterator[tuple
     client = client_of(server)
     for hidden in prompts:
         start = time.monotonic()
-        try:
+        with failing_as(server):
             got = client.completions.create(
                 model=model, prompt=hidden.prompt, max_tokens=len(data.ANSWER), temperature=0
             )
-        except OpenAIError as error:
-            raise ServerFailed(f"a request was not answered: {error}", None, server.log) from error
         title = f"Passkey at {hidden.depth:.0%}"
         yield hidden, answer(title, hidden.prompt, got.choices[0].text, got.usage, start)
 

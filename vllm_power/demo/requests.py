@@ -4,6 +4,7 @@ import json
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +37,7 @@ def answers(server: Server, model: str, long_tokens: int) -> Iterator[Answer]:
     """
     client = client_of(server)
     settings: dict[str, Any] = {"model": model, "max_tokens": ANSWER_TOKENS, "temperature": 0}
-    try:
+    with failing_as(server):
         start = time.monotonic()
         chat = client.chat.completions.create(
             messages=[{"role": "user", "content": CHAT_QUESTION}], **settings
@@ -47,6 +48,13 @@ def answers(server: Server, model: str, long_tokens: int) -> Iterator[Answer]:
         start = time.monotonic()
         completion = client.completions.create(prompt=prompt, **settings)
         yield answer("Long prompt", prompt, completion.choices[0].text, completion.usage, start)
+
+
+@contextmanager
+def failing_as(server: Server) -> Iterator[None]:
+    """Raises ServerFailed, which names the log of ``server``, for a request that it refuses or does not answer."""
+    try:
+        yield
     except (OpenAIError, OSError) as error:
         raise ServerFailed(f"a request was not answered: {error}", None, server.log) from error
 

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vllm_power.bench import results
-from vllm_power.options import PatternOptions, resolve, stored_in
+from vllm_power.options import of_pattern
 from vllm_power.probing import texts
 from vllm_power.probing.plot import plot
 from vllm_power.probing.reach import reached
@@ -42,7 +42,7 @@ def run(
     disable_progress_bar()
     config = AutoConfig.from_pretrained(model)
     text_config = config.get_text_config()
-    wanted = PatternOptions(**resolve(options, stored_in(config, text_config)).set_by_user)
+    wanted = of_pattern(options, config)
     pattern = wanted.effective_pattern
     if tokens % pattern.block_size or tokens > text_config.max_position_embeddings:
         raise ValueError(

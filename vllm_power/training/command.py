@@ -60,7 +60,7 @@ def train_command(
     with errors_in_one_line("passkey", "train"):
         from vllm_power.training.passkey_run import main
 
-        status = main(
+        main(
             folder,
             pattern=pattern,
             size=size,
@@ -71,7 +71,6 @@ def train_command(
             results=results or folder,
             per_depth=per_depth,
         )
-    raise typer.Exit(status)
 
 
 @passkey.command("evaluate")

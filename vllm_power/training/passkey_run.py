@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from vllm_power.bench import results as recorded
+from vllm_power.command_options import Stopped
 from vllm_power.pattern import preset
 from vllm_power.training.passkey_eval import CONTEXTS, evaluate
 from vllm_power.training.passkey_export import export
@@ -28,10 +29,6 @@ SECONDS_BETWEEN_CHECKPOINTS = 60.0
 PER_DEPTH = {"cuda": 20, "cpu": 3}  # passkeys for each length and depth, where the user names no number
 
 
-class Stopped(Exception):
-    """The training was asked to stop before its end; its checkpoint is written."""
-
-
 def main(
     folder: Path,
     *,
@@ -43,8 +40,8 @@ def main(
     probe: float,
     results: Path,
     per_depth: int | None,
-) -> int:
-    """Train, export and evaluate; returns the exit status: 0, or 1 where it was stopped or can not run.
+) -> None:
+    """Train, export and evaluate. Raises Stopped, and ValueError for what can not run.
 
     size: of ``SIZES``; None is "gpu" or "cpu", as the machine has it. minutes, steps: None for the size's own.
     """
@@ -54,8 +51,7 @@ def main(
     if size != "gpu":
         device = torch.device("cpu")  # blocks of 16 are smaller than a GPU's tiles
     elif device.type != "cuda":
-        console.print("--size gpu wants an NVIDIA GPU, and there is none here.")
-        return 1
+        raise ValueError("--size gpu wants an NVIDIA GPU, and there is none here")
     settings = SIZES[size]
     settings = replace(
         settings,
@@ -65,14 +61,9 @@ def main(
         minutes=minutes or settings.minutes,
         steps=steps or settings.steps,
     )
-    try:
-        trainer = train(settings, folder, device, console)
-    except (Stopped, ValueError) as error:
-        console.print(str(error))
-        return 1
+    trainer = train(settings, folder, device, console)
     export(trainer.model, preset(pattern, block_size=settings.block_size), folder / "model")
     _evaluate(trainer, pattern, results, per_depth, console)
-    return 0
 
 
 def evaluate_folder(folder: Path, pattern: str | None, results: Path, per_depth: int | None) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from vllm_power.command_options import PatternJson, json_object
+from vllm_power.command_options import PatternJson, errors_in_one_line, json_object
 
 
 def adapt_command(
@@ -46,14 +46,10 @@ def adapt_command(
     seed: Annotated[int, typer.Option(help="Of the documents' order, and of adapters.")] = 0,
 ) -> None:
     """Continued pre-training of a model under the pattern, with an evaluation before and after."""
-    try:
+    with errors_in_one_line("adapt", "train"):
         from vllm_power.training.adapt.run import run
         from vllm_power.training.adapt.settings import Settings, stages_of
-        from vllm_power.training.adapt.train import Stopped
-    except ModuleNotFoundError as error:
-        typer.echo(f"{error.name} is not installed: pip install 'vllm-power[train]'", err=True)
-        raise typer.Exit(1) from None
-    try:
+
         settings = Settings(
             model=model,
             data=tuple(map(str, data)),
@@ -73,6 +69,3 @@ def adapt_command(
             seed=seed,
         )
         run(settings, output, save_every)
-    except (OSError, ValueError, FloatingPointError, Stopped) as error:
-        typer.echo(f"adapt: {error}", err=True)
-        raise typer.Exit(1) from None

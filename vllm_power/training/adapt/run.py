@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from vllm_power.bench import results
-from vllm_power.options import PatternOptions, resolve, stored_in
+from vllm_power.options import PatternOptions, of_pattern
 from vllm_power.training.adapt import data, report
 from vllm_power.training.adapt.evaluate import perplexities
 from vllm_power.training.adapt.export import export, save_weights
@@ -27,7 +27,7 @@ def run(settings: Settings, output: Path, save_every: int = 100) -> None:
     """
     disable_progress_bar()  # of files that are read and written
     config = AutoConfig.from_pretrained(settings.model)
-    options = pattern_options(settings, config)
+    options = of_pattern(settings.power, config)
     check_model(settings, config, options)
     tokenizer = tokenizer_of(settings.model)
     state = PartialState(cpu=not torch.cuda.is_available())
@@ -81,12 +81,6 @@ def run(settings: Settings, output: Path, save_every: int = 100) -> None:
             report.plot_perplexity(measured, output)
             console.print(report.table(measured))
     console.print(f"Serve it with\n\nvllm serve {output} --attention-backend power", soft_wrap=True)
-
-
-def pattern_options(settings: Settings, config: Any) -> PatternOptions:
-    """What --power says, or the checkpoint; the same pattern in both, as for the server."""
-    checkpoint = stored_in(config, config.get_text_config())
-    return PatternOptions(**resolve(settings.power, checkpoint).set_by_user)
 
 
 def check_model(settings: Settings, config: Any, options: PatternOptions) -> None:

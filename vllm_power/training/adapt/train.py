@@ -15,6 +15,7 @@ from transformers import (
     set_seed,
 )
 
+from vllm_power.command_options import Stopped
 from vllm_power.options import PatternOptions
 from vllm_power.training.adapt import report
 from vllm_power.training.adapt.callbacks import Bar, Sound, Stop
@@ -22,10 +23,6 @@ from vllm_power.training.adapt.data import Rows
 from vllm_power.training.adapt.loss import spare_logits
 from vllm_power.training.adapt.settings import Settings
 from vllm_power.training.attention import use_power
-
-
-class Stopped(Exception):
-    """The training was asked to stop before its end."""
 
 
 def train(
