@@ -1,10 +1,9 @@
 """Measuring in a process of its own, with small modules in the place of those that start engines."""
 
-import os
 import subprocess
-import time
 
 import pytest
+from processes import is_running
 
 from vllm_power.bench.engine import run_apart
 
@@ -32,14 +31,6 @@ def module(monkeypatch, tmp_path):
         return "measures"
 
     return write
-
-
-def is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 def test_rows_come_with_the_arguments(module):
@@ -75,7 +66,4 @@ def test_the_process_ends_with_the_generator(module, leave):
     else:
         with pytest.raises(KeyboardInterrupt):
             rows.throw(KeyboardInterrupt)
-    deadline = time.monotonic() + 10  # an orphan is gone when its new parent has seen it
-    while any(map(is_running, pids)) and time.monotonic() < deadline:
-        time.sleep(0.05)
     assert not any(map(is_running, pids))

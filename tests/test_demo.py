@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from processes import is_running
 from random_model import make_model
 from typer.testing import CliRunner
 
@@ -51,11 +52,6 @@ def stand_in(monkeypatch, tmp_path):
     program.chmod(0o755)
     monkeypatch.setattr(server_module, "vllm_executable", lambda: str(program))
     return tmp_path / "server.log"
-
-
-def is_running(pid: int) -> bool:
-    stat = Path(f"/proc/{pid}/stat")
-    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
 def pids(log: Path, server_pid: int) -> list[int]:
