@@ -25,11 +25,13 @@ class Plan:
     query_start_loc: [S + 1], where each segment's queries begin in the step's tokens.
     key_lens: [S], keys of each segment, counted over its visible pages; its last query sees all of them.
     page_table: [S, C], the visible pages in order of position. Entries past ``key_lens`` are 0 and never read.
+    num_used: [1], in a plan with room for more: how many segments the step has; they come first. None: all.
     """
 
     query_start_loc: torch.Tensor
     key_lens: torch.Tensor
     page_table: torch.Tensor
+    num_used: torch.Tensor | None = None
 
     @property
     def num_segments(self) -> int:

@@ -4,8 +4,6 @@ The number of segments is known only on the device. So the plan is padded to a b
 segments have no query and no key. Nothing waits for the device, and a CUDA graph that reads the buffers stays valid.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -84,13 +82,6 @@ def _plan_kernel(
     tl.store(segment_pages + segment.to(tl.int64) * width + columns, pages, mask=columns < width)
 
 
-@dataclass(frozen=True)
-class PaddedPlan(Plan):
-    """A plan with room for more segments than the step has. num_used: int32 [1], how many it has; they come first."""
-
-    num_used: torch.Tensor
-
-
 class PlanBuilder:
     """Builds plans on one device, step after step, in buffers of its own: a plan holds until the next is built.
 
@@ -142,7 +133,7 @@ class PlanBuilder:
         page_table: torch.Tensor,
         num_tokens: int,
         max_query_len: int,
-    ) -> PaddedPlan:
+    ) -> Plan:
         """The plan of one step, padded to ``max_segments``; no host waits, all lengths stay on the device.
 
         query_start_loc: int32 [R + 1]. seq_lens: int32 [R], new tokens included. page_table: int32 [R, P], columns past
@@ -180,7 +171,7 @@ class PlanBuilder:
             COLUMNS=columns,
             num_warps=4,
         )
-        return PaddedPlan(
+        return Plan(
             query_start_loc=self.segment_start_loc[: num_segments + 1],
             key_lens=self.key_lens[:num_segments],
             page_table=self.segment_pages[:num_segments],

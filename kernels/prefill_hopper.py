@@ -134,7 +134,7 @@ def prefill(
         page_table_stride=plan.page_table.stride(0),
         output_stride_token=output.stride(0),
         output_stride_head=output.stride(1),
-        num_used=getattr(plan, "num_used", None),
+        num_used=plan.num_used,
         num_segments=plan.num_segments,
         num_kv_heads=num_kv_heads,
         scale=scale,
