@@ -9,10 +9,11 @@ NUM_PAGES = 5
 
 
 def check(num_tokens: int, page_size: int, kv_heads: int, head_size: int, dtype: torch.dtype, device) -> None:
-    """Tokens in random slots, every third without one, as slices of one projection; the last token is padding."""
+    """Tokens in random slots, every third without one; the last token is padding. Values are a slice of the projection,
+    keys not, as in a model that normalises its keys."""
     generator = torch.Generator().manual_seed(num_tokens)
     rows = torch.randn(num_tokens + 1, 3, kv_heads, head_size, generator=generator).to(device, dtype)
-    key, value = rows[:, 1], rows[:, 2]
+    key, value = rows[:, 1].contiguous(), rows[:, 2]
     slots = torch.randperm(NUM_PAGES * page_size, generator=generator)[:num_tokens]
     slots[2::3] = -1
     untouched = torch.full(
@@ -54,6 +55,8 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="cannot take"):
         write_cache(tokens, tokens, cache.half(), cache.half(), slots)
     with pytest.raises(ValueError, match="contiguous"):
-        write_cache(tokens, tokens, cache.mT.contiguous().mT, cache, slots)
+        write_cache(tokens, tokens, cache.mT.contiguous().mT, cache.mT.contiguous().mT, slots)
+    with pytest.raises(ValueError, match="same strides"):
+        write_cache(tokens, tokens, cache, cache.transpose(1, 2).contiguous().transpose(1, 2), slots)
     with pytest.raises(ValueError, match="for 3 tokens, not 4"):
         write_cache(tokens, tokens, cache, cache, torch.arange(4))
