@@ -25,7 +25,6 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     import triton.experimental.gluon  # noqa: F401
-    import vllm_power.kernels.cache_write
     import vllm_power.kernels.decode
     import vllm_power.kernels.plan_gpu
     import vllm_power.kernels.prefill  # noqa: F401

@@ -113,19 +113,6 @@ def test_a_step_equals_the_oracle(config, builder, requests, decodes, prefills, 
     assert output[-5:].isnan().all()  # rows past the step's tokens are not ours
 
 
-def test_keys_and_values_go_to_their_slots(config):
-    with set_current_vllm_config(config):
-        impl = PowerImpl(4, 64, 0.125, 2, None, None, "auto")
-    cache = torch.zeros(3, 2, PAGE_SIZE, 128, device=DEVICE)
-    key, value = torch.randn(2, 4, 2, 64, device=DEVICE)
-    slots = torch.tensor([PAGE_SIZE + 3, -1, 2 * PAGE_SIZE], device=DEVICE)
-    impl.do_kv_cache_update(SimpleNamespace(), key, value, cache, slots)
-    expected = torch.zeros_like(cache)
-    expected[1, :, 3] = torch.cat([key[0], value[0]], -1)
-    expected[2, :, 0] = torch.cat([key[2], value[2]], -1)
-    assert torch.equal(cache, expected)
-
-
 def test_plans_stay_in_their_buffers(builder):
     steps = [make_step(PATTERN, [Request(length, 1)], PAGE_SIZE, 4, 2, 64) for length in (100, 900)]
     plans = [metadata_of(builder, step).parts[0].plan for step in steps]

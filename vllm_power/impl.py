@@ -10,7 +10,6 @@ from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 from vllm_power import buffers, refusals
 from vllm_power.executors import LayerCall
 from vllm_power.hybrid import LayerImpl
-from vllm_power.kernels.cache_write import write_cache
 from vllm_power.metadata import PowerMetadata, executors_of
 
 
@@ -98,16 +97,10 @@ class PowerImpl(LayerImpl, AttentionImpl[PowerMetadata]):
         kv_cache: torch.Tensor,
         slot_mapping: torch.Tensor,
     ) -> None:
-        """Store key and value [tokens, kv_heads, head_size] where ``slot_mapping`` says; slots of -1 are skipped.
-
-        A cache of another dtype than theirs is fp8, which vLLM's kernel converts to.
-        """
-        key_cache, value_cache = self._views(kv_cache)
-        if key.dtype == kv_cache.dtype:
-            write_cache(key, value, key_cache, value_cache, slot_mapping)
-            return
+        """Store key and value [tokens, kv_heads, head_size] where ``slot_mapping`` says; slots of -1 are skipped."""
         from vllm._custom_ops import reshape_and_cache_flash
 
+        key_cache, value_cache = self._views(kv_cache)
         scales: tuple[Any, Any] = (layer._k_scale, layer._v_scale)
         reshape_and_cache_flash(
             key, value, key_cache, value_cache, slot_mapping, self.kv_cache_dtype, *scales

@@ -2,7 +2,7 @@
 
 Triton compiles a kernel when it is first launched. So the first metadata build (during vLLM's own warm-up) runs a layer
 over dummy steps: prompts of every size class, and decode batches of every size class. Nothing that matters is read or
-written: the dummies see vLLM's null page, their keys go nowhere and their output is thrown away.
+written: the dummies see vLLM's null page and their output is thrown away.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -19,9 +19,6 @@ def warm_up(builder: "PowerMetadataBuilder") -> None:
     layer = context.get(builder.layer_names[0]) if builder.layer_names else None
     if layer is None or not layer.kv_cache.numel():
         return
-    key = torch.zeros(1, layer.impl.num_kv_heads, layer.head_size, dtype=layer.dtype, device=builder.device)
-    nowhere = torch.full((1,), -1, dtype=torch.int64, device=builder.device)
-    layer.impl.do_kv_cache_update(layer, key, key, layer.kv_cache, nowhere)
     longest = min(builder.block_size, builder.vllm_config.model_config.max_model_len)
     for tokens in _size_classes(builder.decode_len + 1, longest):
         _attend(builder, layer, requests=1, tokens=tokens, is_decode=False)
