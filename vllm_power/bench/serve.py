@@ -15,7 +15,8 @@ from vllm_power.bench import results
 from vllm_power.bench.engine import CHUNK, QWEN2_7B, add_requests, answer, engine, run_apart
 
 COMPARED = ("power", "dense")
-PROMPTS = (512, 1_024, 1_536, 2_048, 4_096, 8_192, 16_384, 131_072)
+# Above 512 tokens vLLM replays no CUDA graph: 640 and 768 show what the launches cost the host.
+PROMPTS = (512, 640, 768, 1_024, 1_536, 2_048, 4_096, 8_192, 16_384, 131_072)
 DECODES = ((1, 512), (1, 2_048), (1, 8_192), (32, 1_024), (64, 8_192), (1, 131_072), (8, 131_072))
 NEW_TOKENS = 48
 # A prompt of some 20 ms varies by a few per cent: short ones are measured for so long, but not more often than that.
