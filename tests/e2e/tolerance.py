@@ -21,12 +21,14 @@ CLEARLY = {"bfloat16": 2.0, "float32": 1000.0, "tf32": 20.0}
 class Allowed:
     """How far from the truth an engine's log-probabilities may be: on average and at worst.
 
-    wrong: what is farther off than this, on average, answers another mask.
+    wrong: what is farther off than this, on average, answers another mask. exact: whether the error is so small that
+    the engine must find the same best tokens.
     """
 
     rms: float
     worst: float
     wrong: float
+    exact: bool
 
     @classmethod
     def by(
@@ -41,7 +43,7 @@ class Allowed:
         arithmetic = "tf32" if in_tf32 else dtype
         most = WORSE_AT_MOST[arithmetic] * rms(error)
         worst = 2 * WORSE_AT_MOST[arithmetic] * error.abs().max().item()
-        return cls(most, worst, CLEARLY[arithmetic] * most)
+        return cls(most, worst, CLEARLY[arithmetic] * most, exact=arithmetic == "float32")
 
     def check(self, logprobs: list[float] | torch.Tensor, expected: torch.Tensor) -> None:
         error = torch.as_tensor(logprobs, dtype=torch.float64) - expected
