@@ -15,16 +15,20 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from vllm_power.kernels.launch import launch
 from vllm_power.kernels.plan import Plan
 from vllm_power.kernels.prefill_hopper_consumer import consume
 from vllm_power.kernels.prefill_hopper_producer import produce
 
 BLOCK_M = 128  # query tokens of a tile, 64 a consumer
+BLOCK_N = 128  # keys of a tile
 # Registers of a thread at launch (12 warps), and then of a consumer and of the producer.
 KERNEL_REGISTERS = 168
 CONSUMER_REGISTERS = gl.constexpr(240)
 PRODUCER_REGISTERS = gl.constexpr(24)
 PANEL = 64  # columns of a panel: 128 bytes, the widest swizzle; tiles lie in shared memory panel by panel
+QUERY_LAYOUT = gl.NVMMASharedLayout(128, 16, 3)
+CACHE_LAYOUT = gl.NVMMASharedLayout(128, 16, 4)
 
 
 # Numbers that vary from step to step must not each bring a variant of the kernel.
@@ -113,41 +117,27 @@ def prefill(
     """As ``prefill``, for what ``supports`` takes."""
     num_heads, head_size = query.shape[1:]
     page_size, num_kv_heads = key_cache.shape[1:3]
-    group = num_heads // num_kv_heads
-    block_n = 128
     tiles = -(-max_query_len // BLOCK_M)
-    num_tiles = plan.num_segments * num_heads * tiles
-    rows = min(page_size, block_n)
-    flat = gl.NVMMASharedLayout(128, 16, 3)
-    paged = gl.NVMMASharedLayout(128, 16, 4)
-    _prefill_kernel[(min(num_tiles, _num_multiprocessors(query.device)),)](
-        query_descriptor=TensorDescriptor.from_tensor(query, [64, 1, PANEL], flat),
-        key_descriptor=TensorDescriptor.from_tensor(key_cache.transpose(1, 2), [1, 1, rows, PANEL], paged),
-        value_descriptor=TensorDescriptor.from_tensor(
-            value_cache.transpose(1, 2), [1, 1, rows, PANEL], paged
-        ),
-        output=output,
-        query_start_loc=plan.query_start_loc,
-        key_lens=plan.key_lens,
-        page_table=plan.page_table,
-        sinks=sinks,
-        page_table_stride=plan.page_table.stride(0),
-        output_stride_token=output.stride(0),
-        output_stride_head=output.stride(1),
-        num_used=plan.num_used,
-        num_segments=plan.num_segments,
-        num_kv_heads=num_kv_heads,
-        scale=scale,
-        soft_cap=soft_cap,
-        GROUP=group,
-        TILES=tiles,
-        PAGE_SIZE=page_size,
-        BLOCK_N=block_n,
-        HEAD_SIZE=head_size,
-        SOFT_CAP=bool(soft_cap),
-        num_warps=4,
-        maxnreg=KERNEL_REGISTERS,
-    )
+    rows = min(page_size, BLOCK_N)
+    strides = (plan.page_table.stride(0), *output.stride()[:2])
+    constants = (num_heads // num_kv_heads, tiles, page_size, BLOCK_N, head_size, bool(soft_cap))
+    arguments = (
+        TensorDescriptor.from_tensor(query, [64, 1, PANEL], QUERY_LAYOUT),
+        TensorDescriptor.from_tensor(key_cache.transpose(1, 2), [1, 1, rows, PANEL], CACHE_LAYOUT),
+        TensorDescriptor.from_tensor(value_cache.transpose(1, 2), [1, 1, rows, PANEL], CACHE_LAYOUT),
+        output, plan.query_start_loc, plan.key_lens, plan.page_table, sinks,
+        *strides, plan.num_used, plan.num_segments, num_kv_heads, scale, soft_cap,
+        *constants,
+    )  # fmt: skip
+    tensors = (output, plan.query_start_loc, plan.key_lens, plan.page_table, sinks, plan.num_used)
+    variant = (query.device, query.dtype, *map(_kind, tensors), num_kv_heads, *strides, *constants)
+    grid = (min(plan.num_segments * num_heads * tiles, _num_multiprocessors(query.device)), 1, 1)
+    launch(_prefill_kernel, variant, grid, arguments, num_warps=4, maxnreg=KERNEL_REGISTERS)
+
+
+def _kind(tensor: torch.Tensor | None) -> tuple[torch.dtype, bool] | None:
+    """What Triton compiles for: the dtype, and whether the tensor is aligned to 16 bytes."""
+    return None if tensor is None else (tensor.dtype, tensor.data_ptr() % 16 == 0)
 
 
 @functools.cache
