@@ -7,7 +7,7 @@ import pytest
 import torch
 from harness import BFLOAT16, SMALL, run
 from paged import Request, make_step
-from vllm_power.kernels import prefill_hopper
+from vllm_power.kernels import launch, prefill_hopper
 from vllm_power.kernels.prefill import prefill
 
 from vllm_power.pattern import POWER, Pattern, preset
@@ -114,3 +114,15 @@ def test_qwen2_shape_at_full_blocks(
     shape = {"heads": 28, "kv_heads": 4, "head_size": 128, "dtype": BFLOAT16} | case
     check(requests, page_size, POWER, device=device, **shape)
     assert len(calls) == (torch.cuda.get_device_capability() == (9, 0))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the interpreter does not know Gluon")
+def test_the_second_launch_of_a_variant(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton is asked for the first only; both are right, each over tensors of its own."""
+    monkeypatch.setattr(launch, "_compiled", {})
+    for seed in (1, 2):
+        requests = [Request(100 * seed, 300), Request(0, 257)]
+        check(
+            requests, 64, POWER, device=device, heads=28, kv_heads=4, head_size=128, dtype=BFLOAT16, seed=seed
+        )
+    assert len(launch._compiled) == (torch.cuda.get_device_capability() == (9, 0))
