@@ -1,4 +1,7 @@
-"""What the attention launchers require of their tensors, and what the portable kernels take alike."""
+"""What the attention launchers require of their tensors, and what the portable kernels take alike.
+
+The KV cache of a layer is one tensor, as vLLM has it: [pages, G, page_size, 2 * D], each key before its value.
+"""
 
 from typing import Any
 
@@ -7,28 +10,28 @@ import triton
 from vllm_power.kernels.plan import Plan
 
 
-def check_tensors(
-    query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, output: torch.Tensor
-) -> None:
+def split_cache(kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The keys and the values of a KV cache as views, [pages, page_size, G, D] each."""
+    key_cache, value_cache = kv_cache.transpose(1, 2).chunk(2, dim=-1)
+    return key_cache, value_cache
+
+
+def check_tensors(query: torch.Tensor, kv_cache: torch.Tensor, output: torch.Tensor) -> None:
     """Raise ValueError where the tensors of an attention call do not fit together."""
-    if output.shape != query.shape or key_cache.shape != value_cache.shape:
-        raise ValueError(
-            f"query {tuple(query.shape)} and output {tuple(output.shape)}, keys {tuple(key_cache.shape)} and values "
-            f"{tuple(value_cache.shape)} must be alike"
-        )
-    if query.shape[2] != key_cache.shape[3] or query.shape[1] % key_cache.shape[2]:
-        raise ValueError(f"query {tuple(query.shape)} does not fit a cache of {tuple(key_cache.shape)}")
-    if any(tensor.stride(-1) != 1 for tensor in (query, key_cache, value_cache, output)):
+    if output.shape != query.shape:
+        raise ValueError(f"query {tuple(query.shape)} and output {tuple(output.shape)} must be alike")
+    num_kv_heads, page_size, width = kv_cache.shape[1:]
+    if 2 * query.shape[2] != width or query.shape[1] % num_kv_heads:
+        raise ValueError(f"query {tuple(query.shape)} does not fit a cache of {tuple(kv_cache.shape)}")
+    if query.stride(-1) != 1 or kv_cache.stride(-1) != 1 or output.stride(-1) != 1:
         raise ValueError("the last dimension of query, cache and output must be contiguous")
-    page_size = key_cache.shape[1]
     if page_size < 16 or page_size & (page_size - 1):
         raise ValueError(f"a page must hold a power of two of at least 16 tokens, not {page_size}")
 
 
 def kernel_arguments(
     query: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
+    kv_cache: torch.Tensor,
     output: torch.Tensor,
     plan: Plan,
     scale: float,
@@ -39,7 +42,8 @@ def kernel_arguments(
 ) -> dict[str, Any]:
     """The arguments that the portable prefill and decode kernels share, by name."""
     num_heads, head_size = query.shape[1:]
-    page_size, num_kv_heads = key_cache.shape[1:3]
+    num_kv_heads, page_size = kv_cache.shape[1:3]
+    key_cache, value_cache = split_cache(kv_cache)
     return {
         "query": query,
         "key_cache": key_cache,

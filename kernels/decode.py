@@ -132,8 +132,7 @@ def _decode_kernel(
 
 def decode(
     query: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
+    kv_cache: torch.Tensor,
     output: torch.Tensor,
     plan: Plan,
     scale: float,
@@ -153,9 +152,9 @@ def decode(
 
     Raises ValueError for shapes or strides that do not fit together.
     """
-    check_tensors(query, key_cache, value_cache, output)
+    check_tensors(query, kv_cache, output)
     num_heads, head_size = query.shape[1:]
-    page_size, num_kv_heads = key_cache.shape[1:3]
+    num_kv_heads, page_size = kv_cache.shape[1:3]
     group = num_heads // num_kv_heads
     if max_query_len * group > MAX_ROWS:
         raise ValueError(
@@ -193,9 +192,7 @@ def decode(
         SPLIT=num_pieces > 1,
         ONE_TILE=num_pieces == max_tiles,
         OVERLAP_MERGE=overlap_merge,
-        **kernel_arguments(
-            query, key_cache, value_cache, output, plan, scale, soft_cap, k_scale, v_scale, sinks
-        ),
+        **kernel_arguments(query, kv_cache, output, plan, scale, soft_cap, k_scale, v_scale, sinks),
         **settings,
     )
     if partial_output is not None and partial_lse is not None:

@@ -107,8 +107,7 @@ def _prefill_kernel(
 
 def prefill(
     query: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
+    kv_cache: torch.Tensor,
     output: torch.Tensor,
     plan: Plan,
     scale: float,
@@ -121,7 +120,8 @@ def prefill(
     """Write the attention of ``query`` over the plan's visible pages into ``output``.
 
     query, output: [T, H, D] in bfloat16, float16 or float32. Rows of no segment are left as they are.
-    key_cache, value_cache: [pages, page_size, G, D] in the same dtype or float8_e4m3fn, any strides but the last.
+    kv_cache: [pages, G, page_size, 2 * D], keys before values, in the same dtype or float8_e4m3fn; any strides but the
+        last.
     plan: its segments have at most ``max_query_len`` query tokens (a bound from the host; the pattern's block at most).
     scale: of the scores, before the softmax. soft_cap: bends scores to soft_cap * tanh(score / soft_cap); 0 for none.
     k_scale, v_scale: float32 scalars on the device, what a stored key or value has to be multiplied by; None for 1.
@@ -129,22 +129,18 @@ def prefill(
 
     Raises ValueError for shapes or strides that do not fit together.
     """
-    check_tensors(query, key_cache, value_cache, output)
+    check_tensors(query, kv_cache, output)
     scaled = k_scale is not None or v_scale is not None
-    if max_query_len >= tuning.HOPPER_QUERY_LEN and not scaled and prefill_hopper.supports(query, key_cache):
-        prefill_hopper.prefill(
-            query, key_cache, value_cache, output, plan, scale, soft_cap, sinks, max_query_len
-        )
+    if max_query_len >= tuning.HOPPER_QUERY_LEN and not scaled and prefill_hopper.supports(query, kv_cache):
+        prefill_hopper.prefill(query, kv_cache, output, plan, scale, soft_cap, sinks, max_query_len)
         return
     num_heads, head_size = query.shape[1:]
-    num_kv_heads = key_cache.shape[2]
+    num_kv_heads = kv_cache.shape[1]
     rows = max_query_len * (num_heads // num_kv_heads)
-    settings = tuning.prefill_settings(query.dtype, key_cache.dtype, head_size, rows)
+    settings = tuning.prefill_settings(query.dtype, kv_cache.dtype, head_size, rows)
     tiles_per_segment = triton.cdiv(rows, settings["BLOCK_M"])
     _prefill_kernel[(tiles_per_segment * num_kv_heads * plan.num_segments,)](
         tiles_per_segment=tiles_per_segment,
-        **kernel_arguments(
-            query, key_cache, value_cache, output, plan, scale, soft_cap, k_scale, v_scale, sinks
-        ),
+        **kernel_arguments(query, kv_cache, output, plan, scale, soft_cap, k_scale, v_scale, sinks),
         **settings,
     )

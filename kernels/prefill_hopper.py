@@ -34,7 +34,7 @@ CACHE_LAYOUT = gl.NVMMASharedLayout(128, 16, 4)
 # Numbers that vary from step to step must not each bring a variant of the kernel.
 @gluon.jit(do_not_specialize=["num_segments"])
 def _prefill_kernel(
-    query_descriptor, key_descriptor, value_descriptor, output, query_start_loc, key_lens, page_table, sinks,
+    query_descriptor, cache_descriptor, output, query_start_loc, key_lens, page_table, sinks,
     page_table_stride, output_stride_token, output_stride_head, num_used, num_segments, num_kv_heads, scale, soft_cap,
     GROUP: gl.constexpr, TILES: gl.constexpr, PAGE_SIZE: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_SIZE: gl.constexpr,
     SOFT_CAP: gl.constexpr,
@@ -49,8 +49,8 @@ def _prefill_kernel(
     layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     # Two stages of keys and values; two tiles of queries in two halves each.
     query_parts = gl.allocate_shared_memory(dtype, [4 * PANELS, 64, 1, 64], query_descriptor.layout)
-    key_parts = gl.allocate_shared_memory(dtype, [PIECES, 1, 1, ROWS, 64], key_descriptor.layout)
-    value_parts = gl.allocate_shared_memory(dtype, [PIECES, 1, 1, ROWS, 64], value_descriptor.layout)
+    key_parts = gl.allocate_shared_memory(dtype, [PIECES, 1, 1, ROWS, 64], cache_descriptor.layout)
+    value_parts = gl.allocate_shared_memory(dtype, [PIECES, 1, 1, ROWS, 64], cache_descriptor.layout)
     queries = query_parts._reinterpret(dtype, [4, 64, HEAD_SIZE], layout)
     keys = key_parts._reinterpret(dtype, [2, BLOCK_N, HEAD_SIZE], layout)
     values = value_parts._reinterpret(dtype, [2, BLOCK_N, HEAD_SIZE], layout)
@@ -83,9 +83,9 @@ def _prefill_kernel(
                 GROUP, TILES, SOFT_CAP, 1,
             )),
             (produce, (
-                query_descriptor, key_descriptor, value_descriptor, query_parts, key_parts, value_parts, value_strips,
-                query_ready, query_free, ready, free, tail_ready, query_start_loc, key_lens, page_table,
-                page_table_stride, num_segments, num_kv_heads, num_tiles, GROUP, TILES, PAGE_SIZE, BLOCK_N, HEAD_SIZE,
+                query_descriptor, cache_descriptor, query_parts, key_parts, value_parts, value_strips, query_ready,
+                query_free, ready, free, tail_ready, query_start_loc, key_lens, page_table, page_table_stride,
+                num_segments, num_kv_heads, num_tiles, GROUP, TILES, PAGE_SIZE, BLOCK_N, HEAD_SIZE,
             )),
         ],
         [4, 1],
@@ -93,20 +93,19 @@ def _prefill_kernel(
     )  # fmt: skip
 
 
-def supports(query: torch.Tensor, key_cache: torch.Tensor) -> bool:
+def supports(query: torch.Tensor, kv_cache: torch.Tensor) -> bool:
     """Whether this kernel takes such tensors: on Hopper, bfloat16 or float16 in both alike, heads of 64 or 128."""
     if query.device.type != "cuda" or _capability(query.device) != (9, 0):
         return False
-    if query.dtype not in (torch.bfloat16, torch.float16) or key_cache.dtype != query.dtype:
+    if query.dtype not in (torch.bfloat16, torch.float16) or kv_cache.dtype != query.dtype:
         return False
-    aligned = all(stride % 8 == 0 for tensor in (query, key_cache) for stride in tensor.stride()[:-1])
-    return query.shape[2] in (64, 128) and aligned
+    strides = (*query.stride()[:-1], *kv_cache.stride()[:-1])
+    return query.shape[2] in (64, 128) and not any(stride % 8 for stride in strides)
 
 
 def prefill(
     query: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
+    kv_cache: torch.Tensor,
     output: torch.Tensor,
     plan: Plan,
     scale: float,
@@ -116,15 +115,14 @@ def prefill(
 ) -> None:
     """As ``prefill``, for what ``supports`` takes."""
     num_heads, head_size = query.shape[1:]
-    page_size, num_kv_heads = key_cache.shape[1:3]
+    num_kv_heads, page_size = kv_cache.shape[1:3]
     tiles = -(-max_query_len // BLOCK_M)
     rows = min(page_size, BLOCK_N)
     strides = (plan.page_table.stride(0), *output.stride()[:2])
     constants = (num_heads // num_kv_heads, tiles, page_size, BLOCK_N, head_size, bool(soft_cap))
     arguments = (
         TensorDescriptor.from_tensor(query, [64, 1, PANEL], QUERY_LAYOUT),
-        TensorDescriptor.from_tensor(key_cache.transpose(1, 2), [1, 1, rows, PANEL], CACHE_LAYOUT),
-        TensorDescriptor.from_tensor(value_cache.transpose(1, 2), [1, 1, rows, PANEL], CACHE_LAYOUT),
+        TensorDescriptor.from_tensor(kv_cache, [1, 1, rows, PANEL], CACHE_LAYOUT),
         output, plan.query_start_loc, plan.key_lens, plan.page_table, sinks,
         *strides, plan.num_used, plan.num_segments, num_kv_heads, scale, soft_cap,
         *constants,

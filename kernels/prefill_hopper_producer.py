@@ -11,11 +11,12 @@ from vllm_power.kernels.prefill_hopper_tiles import tile_end_key, tile_indices, 
 
 @gluon.jit
 def _copy_tile(
-    descriptor, pages, kv_head, first_key, num_keys, ready, pieces, stage,
+    descriptor, first_column, pages, kv_head, first_key, num_keys, ready, pieces, stage,
     PAGE_SIZE: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_SIZE: gl.constexpr,
 ):  # fmt: skip
     """Start the copy of one tile of keys or values into its stage; page by page, where a page is less than a tile.
 
+    first_column: of the cache, 0 for keys and HEAD_SIZE for values.
     pieces: [stages * panels * pages of a tile, 1, 1, rows, PANEL]. Where the keys end, the last page is copied again.
     """
     ROWS: gl.constexpr = min(PAGE_SIZE, BLOCK_N)
@@ -26,7 +27,7 @@ def _copy_tile(
         for panel in gl.static_range(PANELS):
             target = pieces.index((stage * PANELS + panel) * (BLOCK_N // ROWS) + piece)
             tma.async_copy_global_to_shared(
-                descriptor, [page, kv_head, key % PAGE_SIZE, panel * 64], ready, target
+                descriptor, [page, kv_head, key % PAGE_SIZE, first_column + panel * 64], ready, target
             )
 
 
@@ -55,7 +56,8 @@ def _copy_values(
     if first_key + BLOCK_N > num_keys:
         mbarrier.expect(tail_ready, BYTES)
         _copy_tile(
-            descriptor, pages, kv_head, first_key, num_keys, tail_ready, pieces, stage, PAGE_SIZE, BLOCK_N, HEAD_SIZE
+            descriptor, HEAD_SIZE, pages, kv_head, first_key, num_keys, tail_ready, pieces, stage, PAGE_SIZE, BLOCK_N,
+            HEAD_SIZE,
         )  # fmt: skip
         mbarrier.wait(tail_ready, tails & 1)
         _clear_rows(strips, stage, num_keys - first_key, BLOCK_N, HEAD_SIZE)
@@ -65,16 +67,16 @@ def _copy_values(
     else:
         mbarrier.expect(ready, BYTES)
         _copy_tile(
-            descriptor, pages, kv_head, first_key, num_keys, ready, pieces, stage, PAGE_SIZE, BLOCK_N, HEAD_SIZE
+            descriptor, HEAD_SIZE, pages, kv_head, first_key, num_keys, ready, pieces, stage, PAGE_SIZE, BLOCK_N,
+            HEAD_SIZE,
         )  # fmt: skip
     return tails
 
 
 @gluon.jit
 def produce(
-    query_descriptor, key_descriptor, value_descriptor, queries, keys, values, value_strips,
-    query_ready, query_free, ready, free, tail_ready, query_start_loc, key_lens, page_table, page_table_stride,
-    num_segments, num_kv_heads, num_tiles,
+    query_descriptor, cache_descriptor, queries, keys, values, value_strips, query_ready, query_free, ready, free,
+    tail_ready, query_start_loc, key_lens, page_table, page_table_stride, num_segments, num_kv_heads, num_tiles,
     GROUP: gl.constexpr, TILES: gl.constexpr, PAGE_SIZE: gl.constexpr, BLOCK_N: gl.constexpr,
     HEAD_SIZE: gl.constexpr,
 ):  # fmt: skip
@@ -115,12 +117,12 @@ def produce(
                 mbarrier.wait(free.index(stage), (count >> 1) & 1 ^ 1)
                 mbarrier.expect(ready.index(stage), BLOCK_N * HEAD_SIZE * 2)
                 _copy_tile(
-                    key_descriptor, pages, kv_head, first_key, num_keys, ready.index(stage), keys, stage,
+                    cache_descriptor, 0, pages, kv_head, first_key, num_keys, ready.index(stage), keys, stage,
                     PAGE_SIZE, BLOCK_N, HEAD_SIZE,
                 )  # fmt: skip
                 if count > 0:
                     tails = _copy_values(
-                        value_descriptor, value_pages, value_head, value_key, value_end, ready.index(stage),
+                        cache_descriptor, value_pages, value_head, value_key, value_end, ready.index(stage),
                         tail_ready, tails, values, value_strips, stage, PAGE_SIZE, BLOCK_N, HEAD_SIZE,
                     )  # fmt: skip
                 else:
@@ -137,6 +139,6 @@ def produce(
         mbarrier.wait(free.index(stage), (count >> 1) & 1 ^ 1)
         mbarrier.arrive(ready.index(stage), count=1)
         _copy_values(
-            value_descriptor, value_pages, value_head, value_key, value_end, ready.index(stage),
+            cache_descriptor, value_pages, value_head, value_key, value_end, ready.index(stage),
             tail_ready, tails, values, value_strips, stage, PAGE_SIZE, BLOCK_N, HEAD_SIZE,
         )  # fmt: skip

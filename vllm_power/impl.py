@@ -10,6 +10,7 @@ from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 from vllm_power import buffers, refusals
 from vllm_power.executors import LayerCall
 from vllm_power.hybrid import LayerImpl
+from vllm_power.kernels.arguments import split_cache
 from vllm_power.metadata import PowerMetadata, executors_of
 
 
@@ -69,15 +70,12 @@ class PowerImpl(LayerImpl, AttentionImpl[PowerMetadata]):
         if attn_metadata is None:  # vLLM's memory profiling
             buffers.reserve(self, output.device)
             return output.fill_(0)
-        key_cache, value_cache = self._views(kv_cache)
         if self.is_fp8:
-            fp8 = current_platform.fp8_dtype()
-            key_cache, value_cache = key_cache.view(fp8), value_cache.view(fp8)
+            kv_cache = kv_cache.view(current_platform.fp8_dtype())
         tokens = attn_metadata.num_actual_tokens
         call = LayerCall(
             query[:tokens],
-            key_cache,
-            value_cache,
+            kv_cache,
             output[:tokens],
             self.scale,
             self.soft_cap,
@@ -100,13 +98,8 @@ class PowerImpl(LayerImpl, AttentionImpl[PowerMetadata]):
         """Store key and value [tokens, kv_heads, head_size] where ``slot_mapping`` says; slots of -1 are skipped."""
         from vllm._custom_ops import reshape_and_cache_flash
 
-        key_cache, value_cache = self._views(kv_cache)
+        key_cache, value_cache = split_cache(kv_cache)
         scales: tuple[Any, Any] = (layer._k_scale, layer._v_scale)
         reshape_and_cache_flash(
             key, value, key_cache, value_cache, slot_mapping, self.kv_cache_dtype, *scales
         )
-
-    def _views(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """[pages, page_size, kv_heads, head_size] each: the layout that the kernels take, without a copy."""
-        key_cache, value_cache = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
-        return key_cache, value_cache

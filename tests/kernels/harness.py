@@ -34,10 +34,9 @@ def to_fp8(step: Step, k_scale: float, v_scale: float) -> Step:
     )
 
 
-def in_vllm_layout(key_cache: torch.Tensor, value_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same caches as views of one [pages, kv_heads, page_size, 2 * D] tensor, as vLLM hands them over."""
-    both = torch.cat([key_cache, value_cache], -1).transpose(1, 2).contiguous()
-    return both.transpose(1, 2).split(key_cache.shape[-1], -1)
+def kv_cache(step: Step) -> torch.Tensor:
+    """The step's caches as the one tensor that vLLM has of them, [pages, kv_heads, page_size, 2 * D]."""
+    return torch.cat([step.key_cache, step.value_cache], -1).transpose(1, 2).contiguous()
 
 
 def build(step: Step, pattern: Pattern, device: torch.device) -> Plan:
@@ -59,9 +58,9 @@ def run(
     kernel: Callable[..., None], step: Step, pattern: Pattern, device: torch.device, **options
 ) -> torch.Tensor:
     """The kernel's output over the step, on the CPU; rows that it did not write are NaN."""
-    key_cache, value_cache = in_vllm_layout(step.key_cache.to(device), step.value_cache.to(device))
     output = torch.full_like(step.query, float("nan"), device=device)
-    kernel(step.query.to(device), key_cache, value_cache, output, build(step, pattern, device), **options)
+    cache = kv_cache(step).to(device)
+    kernel(step.query.to(device), cache, output, build(step, pattern, device), **options)
     return output.cpu()
 
 

@@ -65,7 +65,6 @@ def call(
     query = torch.zeros(tokens, heads, head_size, dtype=dtype)
     output = torch.zeros(tokens * heads * width + shifted, dtype=dtype)[shifted:].view(tokens, heads, width)
     cache = torch.zeros(5, kv_heads, page_size, 2 * head_size, dtype=dtype)
-    keys, values = cache.transpose(1, 2).split(head_size, -1)
     starts, lengths, pages, used = (
         torch.zeros(*shape, dtype=torch.int32)
         for shape in ((segments + 1,), (segments,), (segments, 40 + padding), (1,))
@@ -73,7 +72,7 @@ def call(
     plan = Plan(starts, lengths, pages, used if tokens > 300 else None)
     sinks = torch.zeros(heads, dtype=dtype) if with_sinks else None
     prefill_hopper.prefill(
-        query, keys, values, output[..., :head_size], plan, 0.1 * segments, soft_cap, sinks, min(tokens, 256)
+        query, cache, output[..., :head_size], plan, 0.1 * segments, soft_cap, sinks, min(tokens, 256)
     )
 
 

@@ -87,14 +87,15 @@ def test_a_prompt_in_chunks_is_the_prompt_at_once(device: torch.device) -> None:
         torch.testing.assert_close(part, whole[computed : computed + new], rtol=1e-5, atol=1e-5)
 
 
-def test_refuses_what_does_not_fit(device: torch.device) -> None:
+@pytest.mark.parametrize(
+    ("cache", "why"),
+    [((2, 2, 16, 32), "does not fit"), ((2, 3, 16, 16), "does not fit"), ((2, 3, 48, 32), "power of two")],
+    ids=("heads", "head-size", "page-size"),
+)
+def test_refuses_what_does_not_fit(cache: tuple[int, ...], why: str, device: torch.device) -> None:
     query = torch.zeros(1, 3, 16, device=device)
-    cache = torch.zeros(2, 16, 2, 16, device=device)
-    with pytest.raises(ValueError, match="does not fit"):
-        prefill(query, cache, cache, query.clone(), None, 1.0)
-    cache = torch.zeros(2, 48, 3, 16, device=device)
-    with pytest.raises(ValueError, match="power of two"):
-        prefill(query, cache, cache, query.clone(), None, 1.0)
+    with pytest.raises(ValueError, match=why):
+        prefill(query, torch.zeros(cache, device=device), query.clone(), None, 1.0)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the interpreter does not know Gluon")

@@ -30,7 +30,7 @@ class Work:
     """One step of ``batch`` requests of ``context`` tokens, ``new`` of them new, for several layers that take turns.
 
     Layers beyond the first keep a GPU cache from holding the keys of one layer until its next turn, as in a model.
-    caches: (key_cache, value_cache) of each layer, [pages, page_size, G, D], views in vLLM's layout.
+    caches: the KV cache of each layer, [pages, G, page_size, 2 * D], as vLLM has it.
     """
 
     context: int
@@ -41,7 +41,7 @@ class Work:
     shape: Shape
     query: torch.Tensor
     output: torch.Tensor
-    caches: list[tuple[torch.Tensor, torch.Tensor]]
+    caches: list[torch.Tensor]
     query_start_loc: torch.Tensor
     seq_lens: torch.Tensor
     page_table: torch.Tensor
@@ -83,10 +83,9 @@ def make_work(
     pages = -(-context // page)
     device = torch.device("cuda")
     size = (batch * pages, shape.kv_heads, page, 2 * shape.head_size)
-    caches = []
-    for _ in range(layers):
-        both = torch.empty(size, dtype=torch.bfloat16, device=device).normal_().to(dtype).transpose(1, 2)
-        caches.append(tuple(both.split(shape.head_size, -1)))
+    caches = [
+        torch.empty(size, dtype=torch.bfloat16, device=device).normal_().to(dtype) for _ in range(layers)
+    ]
     query_dtype = torch.bfloat16 if dtype == torch.float8_e4m3fn else dtype
     query = torch.randn(batch * new, shape.heads, shape.head_size, device=device).to(query_dtype)
     return Work(

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 
 from vllm_power.bench.kernels_data import Work
+from vllm_power.kernels.arguments import split_cache
 from vllm_power.kernels.decode import decode
 from vllm_power.kernels.plan import VisibleBlocks
 from vllm_power.kernels.prefill import prefill
@@ -24,7 +25,7 @@ def power(work: Work, layer: int) -> Call:
     return functools.partial(
         kernel,
         work.query,
-        *work.caches[layer],
+        work.caches[layer],
         work.output,
         work.plan,
         work.shape.scale,
@@ -43,7 +44,7 @@ def _flash_attention(
 ) -> Call:
     from vllm.vllm_flash_attn import flash_attn_varlen_func
 
-    key_cache, value_cache = work.caches[layer]
+    key_cache, value_cache = split_cache(work.caches[layer])
     return functools.partial(
         flash_attn_varlen_func,
         q=work.query,
@@ -80,7 +81,7 @@ def triton_dense(work: Work, layer: int) -> Call:
     """vLLM's Triton attention over all keys, with its split of the keys for small decode batches."""
     from vllm.v1.attention.ops.triton_unified_attention import unified_attention
 
-    key_cache, value_cache = work.caches[layer]
+    key_cache, value_cache = split_cache(work.caches[layer])
     pieces, most = 16, 128 // work.shape.kv_heads
     options = {}
     if work.new == 1 and work.batch <= most:
@@ -147,7 +148,7 @@ def flex(work: Work, layer: int) -> Call:
     pages = work.page_table[0].long()
     key, value = (
         cache[pages].flatten(0, 1)[: work.context].transpose(0, 1).contiguous()[None]
-        for cache in work.caches[layer]
+        for cache in split_cache(work.caches[layer])
     )
     return functools.partial(
         _flex_function(), query, key, value, block_mask=mask, scale=work.shape.scale, enable_gqa=True
@@ -173,7 +174,7 @@ def xformers_plan(work: Work, layer: int) -> Call:
     query = work.query.view(1, -1, shape.kv_heads, group, shape.head_size)
     key, value = (
         cache.reshape(1, -1, shape.kv_heads, 1, shape.head_size).expand(-1, -1, -1, group, -1)
-        for cache in work.caches[layer]
+        for cache in split_cache(work.caches[layer])
     )
     inputs = Inputs(query=query, key=key, value=value, attn_bias=bias, scale=shape.scale)
     other = [why for why in triton_splitk.FwOp.not_supported_reasons(inputs) if "CUDA support" not in why]

@@ -33,9 +33,8 @@ def try_triton(
     num_pages = -(-length // page)
     pages = torch.randperm(num_pages, device=device).int()
     key, value = (torch.randn(num_pages * page, KV_HEADS, HEAD_SIZE, device=device).to(dtype) for _ in "kv")
-    key_cache, value_cache = (torch.empty_like(key).unflatten(0, (num_pages, page)) for _ in "kv")
-    for cache, rows in ((key_cache, key), (value_cache, value)):
-        cache[pages.long()] = rows.unflatten(0, (num_pages, page))
+    kv_cache = torch.empty(num_pages, KV_HEADS, page, 2 * HEAD_SIZE, dtype=dtype, device=device)
+    kv_cache[pages.long()] = torch.cat([key, value], -1).unflatten(0, (num_pages, page)).transpose(1, 2)
     visible = VisibleBlocks.of(pattern, length, device)
     errors = []
     for kernel, tokens in ((prefill, pattern.block_size + 3), (decode, 1)):
@@ -45,7 +44,7 @@ def try_triton(
         query = torch.randn(tokens, HEADS, HEAD_SIZE, device=device).to(dtype)
         output = torch.full_like(query, float("nan"))
         longest = int(plan.query_start_loc.diff().max())
-        kernel(query, key_cache, value_cache, output, plan, HEAD_SIZE**-0.5, max_query_len=longest)
+        kernel(query, kv_cache, output, plan, HEAD_SIZE**-0.5, max_query_len=longest)
         errors.append(largest_error(output, query, key[:length], value[:length], pattern))
     return max(errors)
 

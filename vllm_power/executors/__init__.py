@@ -24,14 +24,13 @@ FASTEST = Path(__file__).with_name("fastest.json")
 class LayerCall:
     """One layer's attention in one step.
 
-    query, output: [T, H, D]. key_cache, value_cache: [pages, page_size, G, D], any strides but the last. k_scale,
-    v_scale: float32 scalars on the device that an fp8 cache is multiplied by; None where it is not fp8. sinks: [H], the
-    model's attention sinks, if it has any.
+    query, output: [T, H, D]. kv_cache: [pages, G, page_size, 2 * D], keys before values, any strides but the last.
+    k_scale, v_scale: float32 scalars on the device that an fp8 cache is multiplied by; None where it is not fp8.
+    sinks: [H], the model's attention sinks, if it has any.
     """
 
     query: torch.Tensor
-    key_cache: torch.Tensor
-    value_cache: torch.Tensor
+    kv_cache: torch.Tensor
     output: torch.Tensor
     scale: float
     soft_cap: float

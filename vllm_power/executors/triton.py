@@ -10,8 +10,7 @@ def attend(part: Part, layer: LayerCall) -> None:
     kernel, settings = (decode, {"workspace": part.workspace}) if part.is_decode else (prefill, {})
     kernel(
         query=layer.query,
-        key_cache=layer.key_cache,
-        value_cache=layer.value_cache,
+        kv_cache=layer.kv_cache,
         output=layer.output,
         plan=part.plan,
         scale=layer.scale,
