@@ -43,11 +43,9 @@ def kernel_arguments(
     """The arguments that the portable prefill and decode kernels share, by name."""
     num_heads, head_size = query.shape[1:]
     num_kv_heads, page_size = kv_cache.shape[1:3]
-    key_cache, value_cache = split_cache(kv_cache)
     return {
         "query": query,
-        "key_cache": key_cache,
-        "value_cache": value_cache,
+        "kv_cache": kv_cache,
         "output": output,
         "query_start_loc": plan.query_start_loc,
         "key_lens": plan.key_lens,
@@ -58,8 +56,7 @@ def kernel_arguments(
         "scale": scale,
         "soft_cap": soft_cap,
         "query_strides": query.stride()[:2],
-        "key_strides": key_cache.stride()[:3],
-        "value_strides": value_cache.stride()[:3],
+        "cache_strides": kv_cache.stride()[:3],
         "output_strides": output.stride()[:2],
         "page_table_stride": plan.page_table.stride(0),
         "num_kv_heads": num_kv_heads,

@@ -25,8 +25,7 @@ MAX_ROWS = 128
 @triton.jit(do_not_specialize=["max_query_len", "num_pieces"])
 def _decode_kernel(
     query,
-    key_cache,
-    value_cache,
+    kv_cache,
     output,
     partial_output,
     partial_lse,
@@ -39,8 +38,7 @@ def _decode_kernel(
     scale,
     soft_cap,
     query_strides,
-    key_strides,
-    value_strides,
+    cache_strides,
     output_strides,
     page_table_stride,
     max_keys,
@@ -90,23 +88,20 @@ def _decode_kernel(
         scale *= tl.load(k_scale)
     if not SOFT_CAP:
         scale *= LOG2_E
-    key_cache += kv_head.to(tl.int64) * key_strides[2]
-    value_cache += kv_head.to(tl.int64) * value_strides[2]
+    kv_cache += kv_head.to(tl.int64) * cache_strides[1]
     accumulator = tl.zeros([BLOCK_M, HEAD_PAD], tl.float32)
     maximum, total = first_softmax(sinks, head, piece == 0)
     if ONE_TILE:
         accumulator, maximum, total = attend(
-            page, first_key, visible_keys, num_keys, query_tile, accumulator, maximum, total, key_cache, value_cache,
-            columns, key_strides, value_strides, scale, soft_cap, True, SOFT_CAP, PRECISION, HEAD_SIZE, PAGE_SIZE,
-            BLOCK_N,
+            page, first_key, visible_keys, num_keys, query_tile, accumulator, maximum, total, kv_cache, columns,
+            cache_strides, scale, soft_cap, True, SOFT_CAP, PRECISION, HEAD_SIZE, PAGE_SIZE, BLOCK_N,
         )  # fmt: skip
     else:
         for key_tile in range(first_key, num_keys, num_pieces * BLOCK_N):
             page = load_pages(pages, key_tile, num_keys, PAGE_SIZE, BLOCK_N)
             accumulator, maximum, total = attend(
-                page, key_tile, visible_keys, num_keys, query_tile, accumulator, maximum, total, key_cache,
-                value_cache, columns, key_strides, value_strides, scale, soft_cap, True, SOFT_CAP, PRECISION,
-                HEAD_SIZE, PAGE_SIZE, BLOCK_N,
+                page, key_tile, visible_keys, num_keys, query_tile, accumulator, maximum, total, kv_cache,
+                columns, cache_strides, scale, soft_cap, True, SOFT_CAP, PRECISION, HEAD_SIZE, PAGE_SIZE, BLOCK_N,
             )  # fmt: skip
 
     # Only a later draft token's row may see keys of this piece; the others have a total of 0 and must not give NaN.

@@ -18,8 +18,7 @@ from vllm_power.kernels.primitives import LOG2_E, attend, first_softmax, load_pa
 @triton.jit(do_not_specialize=["tiles_per_segment"])
 def _prefill_kernel(
     query,
-    key_cache,
-    value_cache,
+    kv_cache,
     output,
     query_start_loc,
     key_lens,
@@ -30,8 +29,7 @@ def _prefill_kernel(
     scale,
     soft_cap,
     query_strides,
-    key_strides,
-    value_strides,
+    cache_strides,
     output_strides,
     page_table_stride,
     num_kv_heads,
@@ -76,23 +74,20 @@ def _prefill_kernel(
     if not SOFT_CAP:
         scale *= LOG2_E
     pages = page_table + segment.to(tl.int64) * page_table_stride
-    key_cache += kv_head.to(tl.int64) * key_strides[2]
-    value_cache += kv_head.to(tl.int64) * value_strides[2]
+    kv_cache += kv_head.to(tl.int64) * cache_strides[1]
     accumulator = tl.zeros([BLOCK_M, HEAD_PAD], tl.float32)
     maximum, total = first_softmax(sinks, head, True)
     for first_key in range(0, whole_tiles, BLOCK_N):
         page = load_pages(pages, first_key, num_keys, PAGE_SIZE, BLOCK_N)
         accumulator, maximum, total = attend(
-            page, first_key, visible_keys, num_keys, query_tile, accumulator, maximum, total, key_cache, value_cache,
-            columns, key_strides, value_strides, scale, soft_cap, False, SOFT_CAP, PRECISION, HEAD_SIZE, PAGE_SIZE,
-            BLOCK_N,
+            page, first_key, visible_keys, num_keys, query_tile, accumulator, maximum, total, kv_cache, columns,
+            cache_strides, scale, soft_cap, False, SOFT_CAP, PRECISION, HEAD_SIZE, PAGE_SIZE, BLOCK_N,
         )  # fmt: skip
     for first_key in range(whole_tiles, tile_end, BLOCK_N):
         page = load_pages(pages, first_key, num_keys, PAGE_SIZE, BLOCK_N)
         accumulator, maximum, total = attend(
-            page, first_key, visible_keys, num_keys, query_tile, accumulator, maximum, total, key_cache, value_cache,
-            columns, key_strides, value_strides, scale, soft_cap, True, SOFT_CAP, PRECISION, HEAD_SIZE, PAGE_SIZE,
-            BLOCK_N,
+            page, first_key, visible_keys, num_keys, query_tile, accumulator, maximum, total, kv_cache, columns,
+            cache_strides, scale, soft_cap, True, SOFT_CAP, PRECISION, HEAD_SIZE, PAGE_SIZE, BLOCK_N,
         )  # fmt: skip
 
     accumulator /= tl.where(total == 0.0, 1.0, total)[:, None]  # 0: a row of a dummy step without keys

@@ -117,11 +117,9 @@ def attend(
     accumulator,
     maximum,
     total,
-    key_cache,
-    value_cache,
+    kv_cache,
     columns,
-    key_strides,
-    value_strides,
+    cache_strides,
     scale,
     soft_cap,
     MASK: tl.constexpr,
@@ -133,15 +131,15 @@ def attend(
 ):
     """Attend to the tile of keys that begins at first_key; returns accumulator, maximum and total.
 
-    page: the tile's, as ``load_pages`` gives it.
+    page: the tile's, as ``load_pages`` gives it. kv_cache: pointer to the KV head's first key, whose value follows it.
     visible_keys: int32 [BLOCK_M], how many of the segment's keys each row sees; looked at only where MASK.
     """
     # [BLOCK_N, HEAD_PAD]
-    offsets = key_offsets(page, first_key, key_strides[0], key_strides[1], PAGE_SIZE, BLOCK_N)
-    key = load_tile(key_cache, offsets, columns, num_keys - first_key, MASK, HEAD_SIZE).to(query.dtype)
+    offsets = key_offsets(page, first_key, cache_strides[0], cache_strides[2], PAGE_SIZE, BLOCK_N)
+    key = load_tile(kv_cache, offsets, columns, num_keys - first_key, MASK, HEAD_SIZE).to(query.dtype)
     # [BLOCK_N, HEAD_PAD]: asked for before the keys are used, so that both are under way together
-    offsets = key_offsets(page, first_key, value_strides[0], value_strides[1], PAGE_SIZE, BLOCK_N)
-    value = load_tile(value_cache, offsets, columns, num_keys - first_key, MASK, HEAD_SIZE).to(query.dtype)
+    values = kv_cache + HEAD_SIZE
+    value = load_tile(values, offsets, columns, num_keys - first_key, MASK, HEAD_SIZE).to(query.dtype)
     # [BLOCK_M, BLOCK_N]
     scores = base2_scores(query, key, scale, soft_cap, SOFT_CAP, PRECISION)
     if MASK:
