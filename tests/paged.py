@@ -40,6 +40,11 @@ class Step:
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
 
+    @property
+    def kv_cache(self) -> torch.Tensor:
+        """Both caches as the one tensor that vLLM has of them, [pages, G, page_size, 2 * D]."""
+        return torch.cat([self.key_cache, self.value_cache], -1).transpose(1, 2).contiguous()
+
     def oracle(
         self,
         pattern: Pattern,

@@ -86,11 +86,9 @@ def metadata_of(builder, step, padded_requests=0) -> PowerMetadata:
 def attend(config, step, metadata, extra_rows=0, **extra):
     with set_current_vllm_config(config):
         impl = PowerImpl(4, 64, 0.125, 2, None, None, "auto", **extra)
-    # vLLM's view: [pages, kv_heads, page_size, keys then values]
-    cache = torch.cat([step.key_cache, step.value_cache], -1).transpose(1, 2).contiguous().to(DEVICE)
     query = torch.nn.functional.pad(step.query, (0, 0, 0, 0, 0, extra_rows)).to(DEVICE)
     output = torch.full_like(query, float("nan"))
-    impl.forward(SimpleNamespace(), query, query, query, cache, metadata, output)
+    impl.forward(SimpleNamespace(), query, query, query, step.kv_cache.to(DEVICE), metadata, output)
     return output.cpu()
 
 

@@ -34,11 +34,6 @@ def to_fp8(step: Step, k_scale: float, v_scale: float) -> Step:
     )
 
 
-def kv_cache(step: Step) -> torch.Tensor:
-    """The step's caches as the one tensor that vLLM has of them, [pages, kv_heads, page_size, 2 * D]."""
-    return torch.cat([step.key_cache, step.value_cache], -1).transpose(1, 2).contiguous()
-
-
 def build(step: Step, pattern: Pattern, device: torch.device) -> Plan:
     """The step's plan, by the Triton plan kernel."""
     page_size = step.key_cache.shape[1]
@@ -59,7 +54,7 @@ def run(
 ) -> torch.Tensor:
     """The kernel's output over the step, on the CPU; rows that it did not write are NaN."""
     output = torch.full_like(step.query, float("nan"), device=device)
-    cache = kv_cache(step).to(device)
+    cache = step.kv_cache.to(device)
     kernel(step.query.to(device), cache, output, build(step, pattern, device), **options)
     return output.cpu()
 
