@@ -155,13 +155,13 @@ def test_requests_that_do_not_fit_together_take_turns():
 # --- times are those that were measured -------------------------------------------------------------------------------
 
 
-def measured() -> dict[tuple[str, int, int], dict[str, float]]:
+def measured(column: str = "median_ms") -> dict[tuple[str, int, int], dict[str, float]]:
     """{(what, batch, context): {"dense": ms, "power": ms}}, the newest of each in docs/results/serve.jsonl."""
     found: dict[tuple[str, int, int], dict[str, float]] = {}
     for row in rows("serve"):
         if row["bench"] in ("ttft", "decode_step") and row["gpu"] == "NVIDIA H200":
             key = (row["bench"], row["batch"], row["context"])
-            found.setdefault(key, {})[row["impl"]] = row["median_ms"]
+            found.setdefault(key, {})[row["impl"]] = row[column]
     return {key: times for key, times in found.items() if {"dense", "power"} <= times.keys()}
 
 
@@ -175,7 +175,9 @@ def modelled(what: str, batch: int, context: int) -> dict[str, float]:
 def test_times_of_the_whole_engine(what, batch, context):
     times, model = measured()[what, batch, context], modelled(what, batch, context)
     if what == "ttft" and context in HOST_BOUND:
-        assert all(model[name] <= times[name] * (1 + TOLERANCE) for name in times)
+        # The pattern hides nothing of so short a prompt: both do the same work, least slowed by the host in this time.
+        least = min(measured("min_ms")[what, batch, context].values())
+        assert model["dense"] == model["power"] == pytest.approx(least, rel=TOLERANCE)
         return
     for name in ("dense", "power"):
         assert model[name] == pytest.approx(times[name], rel=TOLERANCE), name
