@@ -33,13 +33,11 @@ sanitize: setup ## compute-sanitizer's memcheck, initcheck and racecheck over th
 	@# Without the Hopper kernel: racecheck reports how Triton starts its roles (docs/kernels-notes.md).
 	compute-sanitizer --tool racecheck --error-exitcode 1 $(BIN)/pytest -q tests/kernels -k "($(SANITIZED)) and not qwen2"
 
-lint: setup ## ruff and mypy
+lint: setup ## ruff, mypy and the layers
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	@# mypy knows packages by folders: show it kernels/ where it is imported, as vllm_power.kernels.
-	@rm -rf build/types && mkdir -p build/types/vllm_power
-	@ln -s $(CURDIR)/vllm_power/* $(CURDIR)/kernels build/types/vllm_power/
-	$(BIN)/mypy build/types/vllm_power
+	$(BIN)/mypy vllm_power
+	$(BIN)/lint-imports
 
 format: setup ## let ruff mend and format the code
 	$(BIN)/ruff check --fix

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import triton
+
 from vllm_power.kernels.plan import Plan
 
 

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
+
 from vllm_power.kernels import tuning
 from vllm_power.kernels.arguments import check_tensors, kernel_arguments
 from vllm_power.kernels.merge import merge

@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
+
 from vllm_power.kernels.plan import Plan
 from vllm_power.kernels.primitives import NO_MAXIMUM
 

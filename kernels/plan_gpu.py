@@ -7,6 +7,7 @@ segments have no query and no key. Nothing waits for the device, and a CUDA grap
 import torch
 import triton
 import triton.language as tl
+
 from vllm_power.kernels.plan import Plan, VisibleBlocks
 
 

@@ -8,6 +8,7 @@ of them, where the segment's own tokens are, need the causal mask.
 import torch
 import triton
 import triton.language as tl
+
 from vllm_power.kernels import prefill_hopper, tuning
 from vllm_power.kernels.arguments import check_tensors, kernel_arguments
 from vllm_power.kernels.plan import Plan

@@ -15,6 +15,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
 from vllm_power.kernels.launch import launch
 from vllm_power.kernels.plan import Plan
 from vllm_power.kernels.prefill_hopper_consumer import consume

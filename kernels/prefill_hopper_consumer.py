@@ -3,6 +3,7 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+
 from vllm_power.kernels.prefill_hopper_tiles import tile_end_key, tile_indices, tile_of_turn
 from vllm_power.kernels.primitives import LOG2_E, NO_MAXIMUM
 

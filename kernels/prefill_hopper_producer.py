@@ -6,6 +6,7 @@ A stage holds a tile of keys and the values of the tile of keys before it: what 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+
 from vllm_power.kernels.prefill_hopper_tiles import tile_end_key, tile_indices, tile_of_turn
 
 

@@ -12,7 +12,7 @@ import torch
 HERE = Path(__file__).parent
 ON_A_GPU = (
     "kernels/",
-    "test_backend.py",
+    "test_gpu_backend.py",
     "e2e/test_equality.py",
     "e2e/test_invariance.py",
     "e2e/test_reclaim.py",
@@ -25,6 +25,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     import triton.experimental.gluon  # noqa: F401
+
     import vllm_power.kernels.decode
     import vllm_power.kernels.plan_gpu
     import vllm_power.kernels.prefill  # noqa: F401

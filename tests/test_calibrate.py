@@ -8,19 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from random_model import FAMILIES, make_model
+from support.random_model import FAMILIES, make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from vllm_power.calibration.choose import choose, passes
-from vllm_power.calibration.measure import Effect, Probe
-from vllm_power.calibration.run import run
-from vllm_power.calibration.text import windows
-from vllm_power.cli import app
-from vllm_power.demo.english import english_text
+from vllm_power.hf.attention import use_power
 from vllm_power.options import PatternOptions, resolve
 from vllm_power.pattern import preset
-from vllm_power.training.attention import use_power
+from vllm_power.tools.calibrate.choose import choose, passes
+from vllm_power.tools.calibrate.measure import Effect, Probe
+from vllm_power.tools.calibrate.run import run
+from vllm_power.tools.calibrate.text import windows
+from vllm_power.tools.cli import app
+from vllm_power.tools.common.english import english_text
 
 PATTERN = {"block_size": 32, "window_blocks": 2}  # dense up to 128 tokens
 SIZES: dict[str, Any] = {

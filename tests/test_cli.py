@@ -6,7 +6,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from vllm_power.cli import app
+from vllm_power.tools.cli import app
 
 runner = CliRunner()
 
@@ -30,7 +30,7 @@ runner = CliRunner()
     ids=" ".join,
 )
 def test_commands(words, shown):
-    program = [sys.executable, "-c", "from vllm_power.cli import main; main()"]
+    program = [sys.executable, "-c", "from vllm_power.tools.cli import main; main()"]
     done = subprocess.run([*program, *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert shown in done.stdout
@@ -41,7 +41,7 @@ def test_unknown_command_fails():
 
 
 def test_the_exit_status_is_that_of_the_benchmark(monkeypatch):
-    import vllm_power.bench.cpu as cpu
+    import vllm_power.tools.bench.cpu as cpu
 
     seen = []
     monkeypatch.setattr(cpu, "main", lambda seconds, folder: seen.append((seconds, folder)) or 1)
@@ -50,7 +50,7 @@ def test_the_exit_status_is_that_of_the_benchmark(monkeypatch):
 
 
 def test_help_loads_nothing_heavy():
-    code = "import sys; from vllm_power.cli import app; from typer.testing import CliRunner; "
+    code = "import sys; from vllm_power.tools.cli import app; from typer.testing import CliRunner; "
     code += "assert CliRunner().invoke(app, ['--help']).exit_code == 0; "
     code += "print(*{'torch', 'vllm', 'transformers', 'openai', 'numpy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -10,17 +10,17 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from processes import is_running
-from random_model import make_model
+from support.processes import is_running
+from support.random_model import make_model
 from typer.testing import CliRunner
 
-from vllm_power.cli import app
-from vllm_power.demo import passkeys, requests
-from vllm_power.demo import server as server_module
-from vllm_power.demo.run import run, shorten
-from vllm_power.demo.server import Server, ServerFailed, last_lines, serve
-from vllm_power.training.passkey_data import ANSWER
-from vllm_power.training.passkey_export import make_tokenizer
+from vllm_power.tools.cli import app
+from vllm_power.tools.common import vllm_server as server_module
+from vllm_power.tools.common.passkey_data import ANSWER
+from vllm_power.tools.common.vllm_server import Server, ServerFailed, last_lines, serve
+from vllm_power.tools.demo import passkeys, requests
+from vllm_power.tools.demo.run import run, shorten
+from vllm_power.tools.passkey.export import make_tokenizer
 
 # Answers /health after a moment, writes down its arguments, and has a child process, as vLLM has.
 STAND_IN = """#!{python}
@@ -228,7 +228,7 @@ def test_interrupting_the_demo_stops_the_server(tmp_path, number):
     program.write_text(STAND_IN.format(python=sys.executable))
     program.chmod(0o755)
     code = (
-        "import sys; from vllm_power.demo import server, run;"
+        "import sys; from vllm_power.tools.demo import server, run;"
         f"server.vllm_executable = lambda: {str(program)!r};"
         "sys.exit(run.run('--never', 'power', None))"
     )

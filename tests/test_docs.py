@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import typer.main
 
-from vllm_power.cli import app
 from vllm_power.options import PowerOptions
 from vllm_power.pattern import POWER
+from vllm_power.tools.cli import app
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]

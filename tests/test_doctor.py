@@ -11,12 +11,12 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from vllm_power.cli import app
-from vllm_power.doctor import kernel_run
-from vllm_power.doctor.checks import CHECKS, Finding
-from vllm_power.doctor.machine import Gpu, Machine, Run, Torch, run_python
-from vllm_power.doctor.report import examine, table
 from vllm_power.pattern import Pattern
+from vllm_power.tools.cli import app
+from vllm_power.tools.doctor import kernel_run
+from vllm_power.tools.doctor.checks import CHECKS, Finding
+from vllm_power.tools.doctor.machine import Gpu, Machine, Run, Torch, run_python
+from vllm_power.tools.doctor.report import examine, table
 
 H100 = Gpu("NVIDIA H100", "580.95", (9, 0))
 ON_GPU = {
@@ -29,7 +29,7 @@ ON_GPU = {
     "versions": {"vllm": "0.32.0", "vllm-power": "0.1.0", "triton": "3.6.0"},
     "entry_points": {
         "vllm.general_plugins": "vllm_power.plugin:register",
-        "vllm.endpoint_plugins": "vllm_power.server.plugin:PowerEndpoints",
+        "vllm.endpoint_plugins": "vllm_power.tools.web.plugin:PowerEndpoints",
     },
     "plugins_variable": None,
     "kernels_folder": None,
@@ -189,7 +189,7 @@ def test_a_wrong_kernel_is_found():
 @pytest.mark.slow
 def test_this_machine():
     """The command as a user runs it. What the machine lacks is its own affair, if it is said; what is ours works."""
-    program = [sys.executable, "-c", "from vllm_power.cli import main; main()", "doctor", "--json"]
+    program = [sys.executable, "-c", "from vllm_power.tools.cli import main; main()", "doctor", "--json"]
     done = subprocess.run(program, capture_output=True, text=True, cwd="/")
     found = json.loads(done.stdout)
     assert list(found) == [title for title, _ in CHECKS]
@@ -202,7 +202,7 @@ def test_this_machine():
 
 def test_the_command_shows_a_table(monkeypatch):
     monkeypatch.setattr(
-        "vllm_power.doctor.report.examine", lambda *arguments: look(ON_GPU | {"python": (3, 9)})
+        "vllm_power.tools.doctor.report.examine", lambda *arguments: look(ON_GPU | {"python": (3, 9)})
     )
     done = CliRunner().invoke(app, ["doctor"])
     assert done.exit_code == 1

@@ -22,9 +22,9 @@ def modules_after(statement: str) -> set[str]:
         ("import vllm_power.pattern", {"torch", "vllm", "triton", "numpy", "pydantic"}),
         ("import vllm_power.options", {"torch", "vllm", "triton"}),
         ("import vllm_power.plugin", {"torch", "vllm", "triton"}),
-        ("import vllm_power.cli", {"torch", "vllm", "triton", "matplotlib"}),
+        ("import vllm_power.tools.cli", {"torch", "vllm", "triton", "matplotlib"}),
         ("import vllm_power.kernels.plan, vllm_power.kernels.reference", {"vllm"}),
-        ("import vllm_power.training.attention, vllm_power.calibration.run", {"vllm"}),
+        ("import vllm_power.hf.attention, vllm_power.tools.calibrate.run", {"vllm"}),
     ],
 )
 def test_a_package_does_not_import_what_is_above_it(statement, absent):
@@ -40,7 +40,7 @@ def test_kernels_never_import_vllm():
 
 
 def test_the_engines_path_imports_no_tool():
-    code = "import vllm_power.plugin as p; p.register(); import vllm_power.executors.cpu"
+    code = "import vllm_power.plugin as p; p.register(); import vllm_power.cpu_backend"
     run = subprocess.run(
         [
             sys.executable,
@@ -52,14 +52,14 @@ def test_the_engines_path_imports_no_tool():
         check=True,
     )
     loaded = set(run.stdout.splitlines()[-1].split())
-    assert "vllm_power.executors.cpu" in loaded
+    assert "vllm_power.cpu_backend" in loaded
     rooms = (
-        "vllm_power.bench",
-        "vllm_power.demo",
-        "vllm_power.cli",
-        "vllm_power.evals",
-        "vllm_power.server",
-        "vllm_power.training",
+        "vllm_power.tools.bench",
+        "vllm_power.tools.demo",
+        "vllm_power.tools.cli",
+        "vllm_power.tools.evals",
+        "vllm_power.tools.web",
+        "vllm_power.hf",
     )
     assert not {module for module in loaded if module.startswith(rooms)}
 

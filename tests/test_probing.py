@@ -7,19 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from random_model import make_model
+from support.random_model import make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from vllm_power.cli import app
+from vllm_power.hf.attention import use_power
 from vllm_power.pattern import NAMES, preset
-from vllm_power.probing import texts
-from vllm_power.probing.plot import heatmaps, plot
-from vllm_power.probing.reach import reached
-from vllm_power.probing.score import accuracies
-from vllm_power.probing.states import pooled
-from vllm_power.training.attention import use_power
-from vllm_power.training.passkey_export import make_tokenizer
+from vllm_power.tools.cli import app
+from vllm_power.tools.passkey.export import make_tokenizer
+from vllm_power.tools.probe import texts
+from vllm_power.tools.probe.plot import heatmaps, plot
+from vllm_power.tools.probe.reach import reached
+from vllm_power.tools.probe.score import accuracies
+from vllm_power.tools.probe.states import pooled
 
 BLOCK, BLOCKS, LAYERS = 32, 40, 3
 KEYS = ("48213", "07946", "91350")

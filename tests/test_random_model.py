@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from random_model import FAMILIES, make_model
+from support.random_model import FAMILIES, make_model
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,8 +1,10 @@
 """The set-up script, the lock and the packaging, without installing anything over the network."""
 
+import os
 import re
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
@@ -189,40 +191,58 @@ def test_core_dependencies_pull_neither_torch_nor_vllm():
 # --- the package ---------------------------------------------------------------------------------------------------
 
 
-def test_every_package_folder_is_listed():
-    found = {".".join(path.parent.relative_to(ROOT).parts) for path in ROOT.glob("vllm_power/**/__init__.py")}
-    found |= {
-        ".".join(("vllm_power", *path.parent.relative_to(ROOT).parts))
-        for path in ROOT.glob("kernels/**/__init__.py")
-    }
-    assert set(PROJECT["tool"]["setuptools"]["packages"]) == found
-
-
-def test_wheel_has_kernels_inside_the_package(tmp_path):
+def copied(tmp_path: Path) -> Path:
+    """A copy of what is packaged: builds leave files beside the sources."""
     source = tmp_path / "source"
     source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE", "vllm_power", "kernels"):
-        subprocess.run(["cp", "-r", str(ROOT / name), str(source)], check=True)
-    command = [
-        sys.executable,
-        "-m",
-        "build",
-        "--wheel",
-        "--no-isolation",
-        "--outdir",
-        str(tmp_path),
-        str(source),
-    ]
-    subprocess.run(command, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
-    assert {"vllm_power/py.typed", "vllm_power/kernels/__init__.py", "vllm_power/kernels/plan.py"} <= set(
+        subprocess.run(["cp", "-a", str(ROOT / name), str(source)], check=True)
+    return source
+
+
+def build(tmp_path: Path, kind: str) -> Path:
+    """A distribution of this project, "wheel" or "sdist", from a copy of its sources."""
+    command = [sys.executable, "-m", "build", f"--{kind}", "--no-isolation", "--outdir", str(tmp_path)]
+    subprocess.run([*command, str(copied(tmp_path))], check=True, capture_output=True)
+    (made,) = (*tmp_path.glob("*.whl"), *tmp_path.glob("*.tar.gz"))
+    return made
+
+
+def test_wheel_has_kernels_inside_the_package(tmp_path):
+    wheel = zipfile.ZipFile(build(tmp_path, "wheel"))
+    names = wheel.namelist()
+    assert {"vllm_power/py.typed", "vllm_power/kernels/plan.py", "vllm_power/tools/web/page/power.js"} <= set(
         names
     )
+    assert wheel.read("vllm_power/kernels/plan.py") == (ROOT / "kernels" / "plan.py").read_bytes()
     assert {name.split("/")[0].split("-")[0] for name in names} == {"vllm_power"}
-    metadata = (
-        zipfile.ZipFile(wheel)
-        .read(next(name for name in names if name.endswith("entry_points.txt")))
-        .decode()
-    )
+    metadata = wheel.read(next(name for name in names if name.endswith("entry_points.txt"))).decode()
     assert "power = vllm_power.plugin:register" in metadata
+
+
+def test_sdist_has_kernels_as_files(tmp_path):
+    with tarfile.open(build(tmp_path, "sdist")) as archive:
+        found = {entry.name.partition("/")[2]: entry for entry in archive.getmembers()}
+        plan = found["vllm_power/kernels/plan.py"]
+        assert plan.isfile()
+        assert archive.extractfile(plan).read() == (ROOT / "kernels" / "plan.py").read_bytes()
+
+
+@pytest.mark.parametrize("arguments", [[], ["-e"]], ids=["installed", "editable"])
+def test_pip_installs_the_kernels_inside_the_package(tmp_path, arguments):
+    source, target = copied(tmp_path), tmp_path / "target"
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*pip, "--target", str(target), *arguments, str(source)], check=True, capture_output=True)
+    # What pip's .pth files name is on the path only in a site directory.
+    code = f"import site; site.addsitedir({str(target)!r}); import vllm_power.kernels.plan as p; print(p.__file__)"
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(target)}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
+        cwd=tmp_path,
+    )
+    place = source if arguments else target
+    assert Path(done.stdout.strip()) == place / "vllm_power" / "kernels" / "plan.py"

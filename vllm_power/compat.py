@@ -66,7 +66,7 @@ def count_steps(vllm_config: "VllmConfig") -> None:
     Symptom: no ``vllm_power_...`` in /metrics.
     Goes when: SchedulerStats has a field for plugins, filled in the engine's process.
     """
-    from vllm_power.figures.steps import CountedScheduler
+    from vllm_power.metrics.steps import CountedScheduler
 
     config = vllm_config.scheduler_config
     original = config.get_scheduler_cls()

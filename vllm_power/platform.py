@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.power")
 
-CPU_BACKEND = "vllm_power.executors.cpu.PowerCpuBackend"
+CPU_BACKEND = "vllm_power.cpu_backend.PowerCpuBackend"
 
 
 class PowerPlatform:
@@ -88,7 +88,7 @@ def is_draft(vllm_config: "VllmConfig") -> bool:
 
 def _share_figures() -> None:
     """Make room, in a process that starts or serves the engine, for what that will count; log where there is none."""
-    from vllm_power.figures import board, reader
+    from vllm_power.metrics import board, reader
 
     try:
         board.open_board()
@@ -101,9 +101,9 @@ def _report(vllm_config: "VllmConfig") -> None:
     """Log once what runs: pattern, density, executor, layers, reclamation. Refuses a model with no layer for it."""
     from vllm.model_executor.models.utils import extract_layer_index
 
-    from vllm_power.figures import stage
     from vllm_power.hybrid import drafts
     from vllm_power.kv_cache import why_not
+    from vllm_power.metrics import stage
 
     built = {
         name: layer.attn_backend

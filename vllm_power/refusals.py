@@ -93,7 +93,7 @@ def check_sinks(sinks: Any, executors: Any) -> None:
 def check_causal(step: Any) -> None:
     """Refuse a step (vLLM's CommonAttentionMetadata) that looks ahead. Raises NotImplementedError."""
     if step.causal is not True:
-        from vllm_power.figures import names, writer
+        from vllm_power.metrics import names, writer
 
         writer.refused(names.LOOKS_AHEAD)
         raise NotImplementedError("PowerAttention is causal: this batch asks for attention to later tokens")

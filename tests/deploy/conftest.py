@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from manifests import CHART, ROOT, problems
+from support.manifests import CHART, ROOT, problems
 
 REQUIRED = ("--set", "model.name=some/model")
 

@@ -7,7 +7,7 @@ import sys
 import jsonschema
 import pytest
 import yaml
-from manifests import (
+from support.manifests import (
     CHART,
     ROOT,
     assert_hardened,

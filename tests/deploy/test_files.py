@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from manifests import CHART, ROOT
+from support.manifests import CHART, ROOT
 
 BIN = Path(sys.executable).parent
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from manifests import ROOT
+from support.manifests import ROOT
 
 DOCKER = ROOT / "docker"
 BIN = Path(sys.executable).parent

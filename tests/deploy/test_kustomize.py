@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import yaml
-from manifests import (
+from support.manifests import (
     ROOT,
     assert_hardened,
     assert_policy_covers,

@@ -3,7 +3,7 @@
 import copy
 
 import pytest
-from manifests import one, problems
+from support.manifests import one, problems
 
 POD = {
     "apiVersion": "v1",

@@ -1,7 +1,16 @@
 """More than one node: the group of pods over LeaderWorkerSet, and values for the production stack's chart."""
 
 import yaml
-from manifests import ROOT, as_pod, assert_hardened, assert_serves_safely, kinds, one, pod_templates, problems
+from support.manifests import (
+    ROOT,
+    as_pod,
+    assert_hardened,
+    assert_serves_safely,
+    kinds,
+    one,
+    pod_templates,
+    problems,
+)
 
 MULTINODE = ROOT / "deploy" / "multinode"
 

@@ -11,10 +11,10 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from manifests import ROOT
-from random_model import make_model
+from support.manifests import ROOT
+from support.random_model import make_model
 
-from vllm_power.demo.server import free_port
+from vllm_power.tools.common.vllm_server import free_port
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 

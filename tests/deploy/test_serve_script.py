@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from manifests import ROOT
+from support.manifests import ROOT
 
 SERVE = ROOT / "docker" / "serve.py"
 HEALTH = ROOT / "docker" / "health.py"

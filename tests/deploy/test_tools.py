@@ -7,7 +7,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from manifests import ROOT
+from support.manifests import ROOT
 
 TOOLS = ROOT / "deploy" / "tools"
 

@@ -9,15 +9,15 @@ from typing import Any
 
 import openai
 import pytest
-import shared_server
-from engine_worker import Worker
-from random_model import make_model
+from support import shared_server
+from support.engine_worker import Worker
+from support.random_model import make_model
 
-from vllm_power.demo.server import Server
+from vllm_power.tools.common.vllm_server import Server
 
 HERE = Path(__file__).parent
 
-pytest.register_assert_rewrite("tolerance")
+pytest.register_assert_rewrite("support.tolerance")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -4,12 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import configuration
-import generation
 import pytest
-from engine_worker import Worker
-from prompts import random_tokens
-from tolerance import Allowed, rms, truth
+from support import configuration, generation
+from support.engine_worker import Worker
+from support.prompts import random_tokens
+from support.tolerance import Allowed, rms, truth
 
 from vllm_power.pattern import POWER, Pattern, preset
 

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import generation
 import pytest
 import torch
-from engine_worker import Worker
-from prompts import random_tokens
-from tolerance import Allowed, rms, truth
+from support import generation
+from support.engine_worker import Worker
+from support.prompts import random_tokens
+from support.tolerance import Allowed, rms, truth
 
 from vllm_power.pattern import POWER, preset
 

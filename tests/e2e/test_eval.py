@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-import transformers_truth
-from shared_server import API_KEY
+from support import transformers_truth
+from support.shared_server import API_KEY
 
-from vllm_power.demo.english import english_text
-from vllm_power.demo.server import Server
-from vllm_power.evals.endpoint import Answer, Endpoint
-from vllm_power.evals.logprobs import Windows
-from vllm_power.evals.tokenizer import load
 from vllm_power.pattern import POWER
+from vllm_power.tools.common.english import english_text
+from vllm_power.tools.common.vllm_server import Server
+from vllm_power.tools.evals.endpoint import Answer, Endpoint
+from vllm_power.tools.evals.logprobs import Windows
+from vllm_power.tools.evals.tokenizer import load
 
 LENGTHS = (1024, 3072)
 

@@ -8,16 +8,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import generation
 import openai
 import pytest
 import torch
-from engine_worker import Worker
-from prompts import random_tokens
-from shared_server import MAX_MODEL_LEN
-from tolerance import Allowed
+from support import generation
+from support.engine_worker import Worker
+from support.prompts import random_tokens
+from support.shared_server import MAX_MODEL_LEN
+from support.tolerance import Allowed
 
-from vllm_power.demo.server import Server
+from vllm_power.tools.common.vllm_server import Server
 
 PROMPTS = [random_tokens(length) for length in (9000, 300, 1780, 2040)]
 STEPS = 24

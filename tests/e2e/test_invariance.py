@@ -7,12 +7,12 @@ time. In float32, so that the greedy tokens must be equal, every one.
 from collections.abc import Callable
 from pathlib import Path
 
-import generation
 import pytest
 import torch
-from engine_worker import Worker
-from prompts import random_tokens
-from tolerance import Allowed, truth
+from support import generation
+from support.engine_worker import Worker
+from support.prompts import random_tokens
+from support.tolerance import Allowed, truth
 
 STEPS = 24
 PROMPTS = [random_tokens(length) for length in (2600, 300, 1780, 1, 2040, 700, 1525)]

@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import generation
-from engine_worker import Worker
-from prompts import random_tokens
+from support import generation
+from support.engine_worker import Worker
+from support.prompts import random_tokens
 
 BATCH = 50
 ALLOWED_GROWTH = 2 << 20  # bytes over the last 800 requests; measured: none

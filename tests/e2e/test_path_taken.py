@@ -4,12 +4,11 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-import generation
-import poison
 import pytest
 import torch
-from engine_worker import Worker
-from prompts import random_tokens
+from support import generation, poison
+from support.engine_worker import Worker
+from support.prompts import random_tokens
 
 from vllm_power.pattern import POWER
 

@@ -5,11 +5,11 @@ import time
 
 import openai
 import pytest
-from prompts import random_tokens
-from shared_server import API_KEY, CHUNK, MAX_MODEL_LEN, PREFIX, get, get_json
+from support.prompts import random_tokens
+from support.shared_server import API_KEY, CHUNK, MAX_MODEL_LEN, PREFIX, get, get_json
 
-from vllm_power.demo.server import Server
 from vllm_power.pattern import POWER
+from vllm_power.tools.common.vllm_server import Server
 
 PAGE_SIZE = 128  # vLLM's on a CPU
 PAGES = POWER.block_size // PAGE_SIZE

@@ -1,13 +1,13 @@
 """The page of a real server in a real browser: behind a path prefix, after its API key, with figures that move."""
 
 import openai
-from chromium import Page, chromium_fixture, page_fixture  # noqa: F401
-from prompts import random_tokens
 from selenium.webdriver.common.keys import Keys
-from shared_server import API_KEY, MAX_MODEL_LEN, PREFIX
+from support.chromium import Page, chromium_fixture, page_fixture  # noqa: F401
+from support.prompts import random_tokens
+from support.shared_server import API_KEY, MAX_MODEL_LEN, PREFIX
 
-from vllm_power.demo.server import Server
 from vllm_power.pattern import POWER
+from vllm_power.tools.common.vllm_server import Server
 
 
 def test_the_page_of_a_real_server(page: Page, server: Server, client: openai.OpenAI, name: str) -> None:

@@ -11,12 +11,12 @@ from typing import Any
 import openai
 import pytest
 import yaml
-from dashboards import METRIC, ROOT, RULES, all_expressions
-from programs import program
-from prompts import random_tokens
-from shared_server import get
+from support.dashboards import METRIC, ROOT, RULES, all_expressions
+from support.programs import program
+from support.prompts import random_tokens
+from support.shared_server import get
 
-from vllm_power.demo.server import Server, free_port
+from vllm_power.tools.common.vllm_server import Server, free_port
 
 SECONDS = 60
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import reclaim
 import torch
-from engine_worker import Worker
-from generation import metrics
-from prompts import random_tokens
+from support import reclaim
+from support.engine_worker import Worker
+from support.generation import metrics
+from support.prompts import random_tokens
 
 from vllm_power.lifetimes import lifetimes
 from vllm_power.pattern import POWER

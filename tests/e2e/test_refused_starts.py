@@ -4,12 +4,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import configuration
 import pytest
-from engine_worker import Worker
-from english_tokenizer import make_tokenizer
+from support import configuration
+from support.engine_worker import Worker
+from support.english_tokenizer import make_tokenizer
 
-from vllm_power.demo.server import ServerFailed, serve
+from vllm_power.tools.common.vllm_server import ServerFailed, serve
 
 OTHER_BACKEND = "another attention backend"
 

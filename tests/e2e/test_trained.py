@@ -3,15 +3,15 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import generation
 import torch
-from engine_worker import Worker
-from prompts import random_tokens
-from tolerance import Allowed, rms, truth
+from support import generation
+from support.engine_worker import Worker
+from support.prompts import random_tokens
+from support.tolerance import Allowed, rms, truth
 from transformers import AutoModelForCausalLM
 
+from vllm_power.hf.attention import use_power
 from vllm_power.pattern import preset
-from vllm_power.training.attention import use_power
 
 OPTIONS = {"block_size": 64, "window_blocks": 3, "dense_layers": [1]}
 PATTERN = preset("power", block_size=64, window_blocks=3)

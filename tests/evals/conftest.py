@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from english_tokenizer import make_tokenizer
-from fake_endpoint import Fake, serving
+from support.english_tokenizer import make_tokenizer
+from support.fake_endpoint import Fake, serving
 
-from vllm_power.demo.english import english_text
-from vllm_power.evals import run as run_module
-from vllm_power.evals.run import Job, run
-from vllm_power.evals.settings import Settings, even_depths
-from vllm_power.evals.target import Target
+from vllm_power.tools.common.english import english_text
+from vllm_power.tools.evals import run as run_module
+from vllm_power.tools.evals.run import Job, run
+from vllm_power.tools.evals.settings import Settings, even_depths
+from vllm_power.tools.evals.target import Target
 
 
 @pytest.fixture(scope="session")

@@ -7,10 +7,10 @@ import xml.dom.minidom
 import numpy as np
 import pytest
 
-from vllm_power.evals import gate, plots, report
-from vllm_power.evals.figures import Agreement, Figures, Perplexity, accuracy, ruler_means, wilson
-from vllm_power.evals.logprobs import by_position, divergence
-from vllm_power.evals.settings import EvalError, even_depths, parse_lengths, parse_tasks
+from vllm_power.tools.evals import gate, plots, report
+from vllm_power.tools.evals.figures import Agreement, Figures, Perplexity, accuracy, ruler_means, wilson
+from vllm_power.tools.evals.logprobs import by_position, divergence
+from vllm_power.tools.evals.settings import EvalError, even_depths, parse_lengths, parse_tasks
 
 HOSTILE = "<script>alert(1)</script>"
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from vllm_power.evals.grids import ANSWER_TOKENS, Grid, judged
-from vllm_power.evals.haystack import LONGEST_PIECE, Haystack
-from vllm_power.evals.settings import EvalError, Settings, even_depths
+from vllm_power.tools.evals.grids import ANSWER_TOKENS, Grid, judged
+from vllm_power.tools.evals.haystack import LONGEST_PIECE, Haystack
+from vllm_power.tools.evals.settings import EvalError, Settings, even_depths
 
 
 def frame(text: str) -> str:

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vllm_power.evals import ruler
-from vllm_power.evals.ruler_generators import maker_of, quiet
-from vllm_power.evals.settings import NEEDS_NETWORK, RULER, EvalError, Settings
+from vllm_power.tools.evals import ruler
+from vllm_power.tools.evals.ruler_generators import maker_of, quiet
+from vllm_power.tools.evals.settings import NEEDS_NETWORK, RULER, EvalError, Settings
 
 
 def settings(**changes) -> Settings:

@@ -11,10 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fake_endpoint import rows
+from support.fake_endpoint import rows
 
-from vllm_power.evals import endpoint as endpoint_module
-from vllm_power.evals.settings import even_depths
+from vllm_power.tools.evals import endpoint as endpoint_module
+from vllm_power.tools.evals.settings import even_depths
 
 
 def results(folder: Path) -> dict:
@@ -221,7 +221,7 @@ def test_agreement_with_itself_is_whole_and_with_another_is_not(endpoint, evalua
 def test_the_command_refuses_what_cannot_be(arguments, message):
     from typer.testing import CliRunner
 
-    from vllm_power.cli import app
+    from vllm_power.tools.cli import app
 
     done = CliRunner().invoke(app, ["eval", *arguments], env={"COLUMNS": "300", "TERM": "dumb"})
     assert done.exit_code == 2

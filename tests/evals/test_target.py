@@ -6,11 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from vllm_power.demo import server
-from vllm_power.demo.server import ServerFailed
-from vllm_power.evals import target as target_module
-from vllm_power.evals.settings import EvalError
-from vllm_power.evals.target import Target, server_arguments
+from vllm_power.tools.common import vllm_server as server
+from vllm_power.tools.common.vllm_server import ServerFailed
+from vllm_power.tools.evals import target as target_module
+from vllm_power.tools.evals.settings import EvalError
+from vllm_power.tools.evals.target import Target, server_arguments
 
 OURS = Target(serve="model", arguments=("--attention-backend", "power"))
 DENSE = Target(serve="model")

@@ -2,9 +2,9 @@
 
 import pytest
 
-from vllm_power.evals import token_passkey
-from vllm_power.training.passkey_data import ANSWER
-from vllm_power.training.passkey_export import make_tokenizer
+from vllm_power.tools.common.passkey_data import ANSWER
+from vllm_power.tools.evals import token_passkey
+from vllm_power.tools.passkey.export import make_tokenizer
 
 
 def test_only_the_documents_own_tokenizer_speaks_them(tokenizer):

@@ -2,15 +2,15 @@
 
 import functools
 
-import harness
 import pytest
 import torch
-from harness import BFLOAT16, SMALL, assert_accurate, run
-from paged import Request, make_step
+from support import harness
+from support.harness import BFLOAT16, SMALL, assert_accurate, run
+from support.paged import Request, make_step
+
 from vllm_power.kernels import decode as decode_module
 from vllm_power.kernels import tuning
 from vllm_power.kernels.decode import decode, workspace_size
-
 from vllm_power.pattern import Pattern
 
 LENGTHS = (0, 1, 62, 63, 64, 255, 383, 384, 1022, 1023, 1024)

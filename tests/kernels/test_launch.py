@@ -12,6 +12,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
+
 from vllm_power.kernels import launch, prefill_hopper
 from vllm_power.kernels.plan import Plan
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from paged import Request, make_step
+from support.paged import Request, make_step
+
 from vllm_power.kernels.plan import VisibleBlocks, build_plan
 from vllm_power.kernels.plan_gpu import PlanBuilder
-
 from vllm_power.pattern import Pattern, preset
 
 BATCHES = {

@@ -2,14 +2,14 @@
 
 import functools
 
-import harness
 import pytest
 import torch
-from harness import BFLOAT16, SMALL, run
-from paged import Request, make_step
+from support import harness
+from support.harness import BFLOAT16, SMALL, run
+from support.paged import Request, make_step
+
 from vllm_power.kernels import launch, prefill_hopper
 from vllm_power.kernels.prefill import prefill
-
 from vllm_power.pattern import POWER, Pattern, preset
 
 BATCHES = {

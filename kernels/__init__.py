@@ -1,1 +1,0 @@
-"""Attention over a rewritten block table: plan, kernels and oracle. Knows torch and Triton, never vLLM."""

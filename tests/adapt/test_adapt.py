@@ -1,0 +1,341 @@
+"""adapt: whole runs, going on after a kill, adapters, what is written, and what is refused."""
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from support.random_model import make_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from vllm_power.hf import segments
+from vllm_power.hf.attention import register, use_power
+from vllm_power.tools.adapt import callbacks, report
+from vllm_power.tools.adapt.data import Rows
+from vllm_power.tools.adapt.run import run
+from vllm_power.tools.adapt.settings import Settings, Stage, stages_of
+from vllm_power.tools.adapt.train import Stopped
+from vllm_power.tools.cli import app
+
+POWER = {"block_size": 16, "window_blocks": 2}  # dense up to 64 tokens
+LENGTHS = (64, 128)
+TOKENS = 512  # of a step: 4 rows
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    sizes: dict[str, Any] = {"num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "head_size": 16}
+    folder = tmp_path_factory.mktemp("models") / "llama"
+    return make_model(folder, "llama", **sizes, vocab_size=300, max_positions=256, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Documents whose second half repeats the first: what comes is found far back."""
+    draw = random.Random(0)
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
+    with path.open("w") as file:
+        for _ in range(300):
+            half = "".join(draw.choice("abcdefgh") for _ in range(draw.randrange(20, 60)))
+            file.write(json.dumps({"text": half + half}) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def settings(model: Path, text: Path) -> Callable[..., Settings]:
+    def make(**changed: Any) -> Settings:
+        given: dict[str, Any] = {
+            "model": str(model),
+            "data": (str(text),),
+            "power": POWER,
+            "stages": (Stage(64, 6, in_steps=True), Stage(128, 2048)),
+            "batch_tokens": TOKENS,
+            "learning_rate": 1e-2,
+            "precision": "fp32",
+            "eval_tokens": 1024,
+        }
+        return Settings(**given | changed)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def trained(settings: Callable[..., Settings], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An unbroken run."""
+    folder = tmp_path_factory.mktemp("trained")
+    run(settings(), folder, save_every=3)
+    return folder
+
+
+def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+
+
+# --- whole runs -------------------------------------------------------------------------------------------------------
+
+
+def test_a_run(trained: Path, model: Path) -> None:
+    losses = rows_of(trained, report.LOSS)
+    assert [row["length"] for row in losses] == [64] * 6 + [128] * 4
+    assert [row["tokens"] for row in losses] == [TOKENS * step for step in range(1, 11)]
+    assert losses[-1]["loss"] < 0.6 * losses[0]["loss"]
+    config = json.loads((trained / "config.json").read_text())
+    assert config["power_attention"] == {"pattern": "power", **POWER}
+    assert config["dtype"] == "float32" and config["use_cache"] is True
+    assert AutoTokenizer.from_pretrained(trained)("abc") == AutoTokenizer.from_pretrained(model)("abc")
+    assert not (trained / "unfinished").exists()
+
+
+def test_evaluation_before_and_after(
+    trained: Path, model: Path, settings: Callable[..., Settings], text: Path
+) -> None:
+    """Four numbers a length, one of each again by hand; the training helps."""
+    measured = rows_of(trained, report.PERPLEXITY)
+    assert [(row["when"], row["length"]) for row in measured] == [
+        (when, length) for when in ("before", "after") for length in LENGTHS
+    ]
+    for before, after in zip(measured[:2], measured[2:], strict=True):
+        assert after["power"] < before["power"] and after["dense"] < before["dense"]
+    assert measured[1]["power"] != pytest.approx(measured[1]["dense"], rel=1e-3)
+    assert measured[0]["power"] == pytest.approx(measured[0]["dense"], rel=1e-4)  # 64 tokens see everything
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    documents = [
+        tokenizer(json.loads(line)["text"])["input_ids"] + [0] for line in text.read_text().splitlines()
+    ]
+    order = np.random.default_rng(0).permutation(len(documents))
+    held = torch.tensor([token for number in order for token in documents[number]][:1024]).view(-1, 128)
+    register()
+    for stored, when in ((model, 1), (trained, 3)):
+        loaded = AutoModelForCausalLM.from_pretrained(stored)
+        use_power(loaded, POWER)
+        with torch.no_grad():
+            perplexity = loaded(held, labels=held).loss.exp().item()
+        assert measured[when]["power"] == pytest.approx(perplexity, rel=1e-4)
+
+
+def test_plots_are_the_same_again(trained: Path, tmp_path: Path) -> None:
+    report.plot_loss(rows_of(trained, report.LOSS), tmp_path)
+    report.plot_perplexity(rows_of(trained, report.PERPLEXITY), tmp_path)
+    for name in (report.LOSS, report.PERPLEXITY):
+        assert (tmp_path / f"{name}.svg").read_bytes() == (trained / f"{name}.svg").read_bytes()
+
+
+def test_cut_off_twice(
+    trained: Path, settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in step 5, half a checkpoint left behind; then asked to stop in step 7, inside the second stage."""
+    read = Rows.__getitem__
+
+    def at(row: int, act: Callable[[], Any]) -> None:
+        def reading(self: Rows, index: int) -> dict[str, torch.Tensor]:
+            if index == row:
+                act()
+            return read(self, index)
+
+        monkeypatch.setattr(Rows, "__getitem__", reading)
+
+    def killed() -> None:
+        raise RuntimeError("killed")
+
+    at(4 * 4 + 1, killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        run(settings(), tmp_path, save_every=3)
+    half = tmp_path / "checkpoints" / "checkpoint-4"
+    half.mkdir()
+    (half / "model.safetensors").write_bytes(b"half")
+    handlers = [signal.getsignal(number) for number in callbacks.SIGNALS]
+    at(6 * 4 + 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Stopped, match="stopped at step 7"):
+        run(settings(), tmp_path, save_every=3)
+    assert [signal.getsignal(number) for number in callbacks.SIGNALS] == handlers
+    monkeypatch.setattr(Rows, "__getitem__", read)
+    run(settings(), tmp_path, save_every=3)
+
+    assert rows_of(tmp_path, report.LOSS) == rows_of(trained, report.LOSS)
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path, trained))
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+KILLED_IN_STEP_5 = """
+import os, signal
+from vllm_power.tools.cli import main
+from vllm_power.tools.adapt.data import Rows
+
+read = Rows.__getitem__
+Rows.__getitem__ = lambda self, i: read(self, i) if i != 17 else os.kill(os.getpid(), signal.SIGKILL)
+main()
+"""
+
+
+@pytest.mark.slow
+def test_killed_for_real_and_gone_on_by_two_processes(
+    trained: Path, model: Path, text: Path, tmp_path: Path
+) -> None:
+    """The command itself; as many processes as there are share a step, and its tokens stay the same."""
+    words = f"adapt {model} --data {text} --output out --stages 64:6steps,128:2048 --batch-tokens {TOKENS} "
+    words += "--learning-rate 1e-2 --precision fp32 --eval-tokens 1024 --save-every 3 --power"
+    command = [*words.split(), json.dumps(POWER)]
+    killed = subprocess.run([sys.executable, "-c", KILLED_IN_STEP_5, *command], cwd=tmp_path)
+    assert killed.returncode == -signal.SIGKILL
+    programs = Path(sys.executable).parent
+    two = [str(programs / "torchrun"), "--standalone", "--nproc-per-node", "2", str(programs / "vllm-power")]
+    done = subprocess.run([*two, *command], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "going on from out/checkpoints/checkpoint-3" in done.stdout
+
+    for name, key in ((report.LOSS, "loss"), (report.PERPLEXITY, "power")):
+        ours, theirs = ([row[key] for row in rows_of(at, name)] for at in (tmp_path / "out", trained))
+        assert ours == pytest.approx(theirs, rel=1e-3)
+
+
+def test_adapters_are_merged(settings: Callable[..., Settings], model: Path, tmp_path: Path) -> None:
+    run(settings(lora=4, eval_tokens=0, stages=stages_of("128:3steps")), tmp_path)
+    tokens = torch.randint(4, 300, (1, 128), generator=torch.Generator().manual_seed(0))
+    plain, merged = (AutoModelForCausalLM.from_pretrained(path) for path in (model, tmp_path))
+    beside = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), str(tmp_path / "adapter"))
+    with torch.no_grad():
+        outputs = []
+        for loaded in (plain, merged, beside.get_base_model()):
+            use_power(loaded, POWER)
+            outputs.append(loaded(tokens).logits)
+    torch.testing.assert_close(outputs[1], outputs[2], rtol=1e-4, atol=1e-4)
+    assert (outputs[0] - outputs[1]).abs().max() > 0.1
+    assert torch.equal(plain.lm_head.weight, merged.lm_head.weight)
+    assert "power_attention" in json.loads((tmp_path / "config.json").read_text())
+    assert not (tmp_path / f"{report.PERPLEXITY}.jsonl").exists()
+
+
+def test_bf16_is_one_precision_in_attention(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under autocast, rotary embeddings compute in float32; kernels want one dtype."""
+    seen = []
+    attend = segments.attend
+
+    def watched(*given: Any) -> torch.Tensor:
+        seen.append({states.dtype for states in given[:3]})
+        return attend(*given)
+
+    monkeypatch.setattr(segments, "attend", watched)
+    loaded = AutoModelForCausalLM.from_pretrained(model)
+    use_power(loaded, POWER)
+    with torch.autocast("cpu", torch.bfloat16):
+        loaded(torch.randint(4, 300, (1, 100)), use_cache=False)
+    assert seen == [{torch.bfloat16}] * 2
+
+
+def test_a_loss_that_is_not_a_number_stops_a_run(
+    settings: Callable[..., Settings], model: Path, tmp_path: Path
+) -> None:
+    """What was trained before is kept, and the losses are written."""
+    broken = AutoModelForCausalLM.from_pretrained(model)
+    with torch.no_grad():
+        broken.model.norm.weight.fill_(math.nan)
+    broken.save_pretrained(tmp_path / "broken")
+    AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path / "broken")
+    with pytest.raises(FloatingPointError, match="at step 1 "):
+        run(settings(model=str(tmp_path / "broken"), eval_tokens=0), tmp_path / "out", save_every=1)
+    assert math.isnan(rows_of(tmp_path / "out", report.LOSS)[0]["loss"])
+    assert not list((tmp_path / "out").glob("checkpoints/checkpoint-*"))
+
+
+# --- settings, and what is refused ------------------------------------------------------------------------------------
+
+
+def test_stages() -> None:
+    assert stages_of("4K:250M, 32K:0.5B") == (Stage(4096, 250_000_000), Stage(32_768, 500_000_000))
+    assert stages_of("4K:200steps,8192:16K") == (Stage(4096, 200, True), Stage(8192, 16_000))
+    assert [stage.steps(1000) for stage in (Stage(4, 1), Stage(4, 2001), Stage(4, 7, True))] == [1, 3, 7]
+
+
+@pytest.mark.parametrize(
+    ("stages", "cause"),
+    [
+        ("4K", "is not LENGTH:TOKENS"),
+        ("4K:1T", "is not LENGTH:TOKENS"),
+        ("4K:0", "trains nothing"),
+        ("3K:1M,8K:1M", "not a multiple of 3,072"),
+    ],
+)
+def test_wrong_stages(stages: str, cause: str) -> None:
+    with pytest.raises(ValueError, match=cause):
+        stages_of(stages)
+
+
+@pytest.mark.parametrize(
+    ("change", "cause"),
+    [
+        ({"data": ("nowhere.jsonl",)}, "there is no such file"),
+        ({"data": (__file__,)}, r"text is read from \.txt"),
+        ({"field": "body"}, "no column 'body' but text: name the text's with --field"),
+        ({"eval_tokens": 10**9}, "0 tokens beside the held-out ones"),
+        ({"eval_tokens": 100}, "fewer than a window of 128"),
+        ({"stages": stages_of("512:1steps")}, "rope_parameters"),
+        ({"stages": stages_of("64:1steps")}, "no token would be trained under the pattern"),
+        ({"batch_tokens": 300}, "give --batch-tokens as a multiple of 128"),
+        ({"power": {"windov_blocks": 2}}, "did you mean 'window_blocks'"),
+        ({"power": {"dense_layers": "0-1"}}, "none of the 2 layers would run the pattern"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_refused(
+    change: dict[str, Any], cause: str, settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=cause):
+        run(settings(**change), tmp_path / "out")
+    settings().check_folder(tmp_path / "out")  # is not taken: mended, the command works there
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "cause"),
+    [
+        ("tokenizer.json", None, "has no tokenizer"),
+        ("config.json", '"attention_dropout": 0.1', "attention_dropout 0.1"),
+        ("config.json", '"power_attention": {"window_blocks": 9}', "two different patterns"),
+    ],
+    ids=["tokenizer", "dropout", "another-pattern"],
+)
+def test_models_that_do_not_fit(
+    file: str, change: str | None, cause: str, model: Path, settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    changed = tmp_path / "model"
+    changed.mkdir()
+    for path in model.iterdir():
+        if change or not path.name.startswith("tokenizer"):
+            (changed / path.name).write_bytes(path.read_bytes())
+    if change:
+        known = json.loads((changed / file).read_text())
+        (changed / file).write_text(json.dumps(known | json.loads(f"{{{change}}}")))
+    with pytest.raises(ValueError, match=cause):
+        run(settings(model=str(changed)), tmp_path / "out")
+
+
+def test_a_folder_of_another_run(trained: Path, model: Path, settings: Callable[..., Settings]) -> None:
+    with pytest.raises(ValueError, match=r"other settings \(seed 0 there, 1 here\)"):
+        run(settings(seed=1), trained)
+    with pytest.raises(ValueError, match="a model that was not made here"):
+        run(settings(), model)
+
+
+def test_the_command(model: Path, text: Path, tmp_path: Path) -> None:
+    words = ["adapt", str(model), "--data", str(text), "--output", str(tmp_path / "out")]
+    for extra, cause in (
+        (["--stages", "4K"], "is not LENGTH:TOKENS"),
+        (["--power", "{"], "--power is not JSON"),
+        ([], "longer than the model's 256 positions"),
+    ):
+        done = CliRunner().invoke(app, [*words, *extra])
+        assert done.exit_code == 1 and done.output.startswith("adapt: ") and cause in done.output

@@ -1,0 +1,85 @@
+"""The README's figures are those of the recorded rows."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from vllm_power.tools.bench import report
+from vllm_power.tools.cli import app
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "docs" / "results"
+
+
+def row(impl, ms, **fields):
+    machine = {"gpu": "a GPU", "versions": {"vllm": "1", "torch": "2"}, "date": "today", "commit": "abc"}
+    return {"bench": "ttft", "impl": impl, "context": 1024, "batch": 1, "median_ms": ms, **machine, **fields}
+
+
+def test_the_readme_shows_what_was_measured():
+    text = (ROOT / "README.md").read_text()
+    assert len(report.MARK.findall(text)) >= 2
+    assert report.filled(text, FOLDER) == text, "run: vllm-power bench report"
+
+
+def test_a_table_has_the_ratio_and_the_machine():
+    table = report.serve_table([row("dense", 20.0), row("power", 8.0)])
+    assert "a GPU, vLLM 1, torch 2, today, commit abc" in table
+    assert "| time to first token | 1 | 1,024 | 20 | 8 | 2.50x |" in table
+
+
+def test_the_last_of_equal_measurements_counts():
+    measured = [row("dense", 20.0), row("power", 8.0), row("power", 10.0)]
+    assert "| 2.00x |" in report.serve_table(measured)
+
+
+def test_times_of_two_runs_are_never_compared():
+    measured = [row("dense", 20.0), row("power", 8.0), row("power", 10.0, commit="def")]
+    assert "2.00x" not in report.serve_table(measured)
+
+
+def test_auto_takes_the_faster_executor():
+    def kernel(impl, ms, bench, context):
+        return row(impl, ms, bench=bench, context=context, page=256, capability="9.0")
+
+    measured = [
+        *(kernel("power", ms, "prefill", context) for ms, context in ((1.0, 512), (2.0, 1024))),
+        *(kernel("plan_fa3", ms, "prefill", context) for ms, context in ((0.9, 512), (3.0, 1024))),
+        kernel("power", 2.0, "decode", 512),
+        kernel("plan_fa3", 1.0, "decode", 512),
+    ]
+    assert report.fastest(measured) == {"9.0": {"prefill": "triton", "decode": "flash_attn"}}
+    assert report.fastest([row("power", 1.0)]) == {}
+
+
+def test_the_executors_table_is_what_was_measured():
+    if choices := report.fastest(report.rows(FOLDER, "kernels")):
+        assert json.loads(report.FASTEST.read_text()) == choices, "run: vllm-power bench report"
+
+
+def test_a_mark_without_rows_stays_as_it_is(tmp_path):
+    text = "<!-- results: serve -->\nold\n<!-- end -->"
+    assert report.filled(text, tmp_path) == text
+
+
+@pytest.mark.parametrize(
+    "name, plot",
+    [(name, lambda folder, name=name: report.plot(folder, name)) for name in report.PLOTS]
+    + [("kernels", report.plot_rates)],
+)
+def test_the_plots_are_drawn_from_the_rows(tmp_path, name, plot):
+    (tmp_path / f"{name}.jsonl").write_text((FOLDER / f"{name}.jsonl").read_text())
+    drawn = plot(tmp_path).read_text()
+    assert drawn.startswith("<?xml") and len(drawn) > 5_000
+    assert plot(tmp_path).read_text() == drawn
+
+
+def test_outside_a_checkout_the_command_says_so_in_one_line(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, ["bench", "report"])
+    assert done.exit_code == 1
+    assert "no README.md and no docs/results here" in done.stderr
+    assert done.output.count("\n") == 1
+    assert not list(tmp_path.iterdir())

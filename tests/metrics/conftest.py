@@ -1,0 +1,46 @@
+"""A folder for a server's figures, and a scheduler that writes its own into it."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.shown import STAGE
+
+from vllm_power import compat
+from vllm_power.metrics import board, steps, writer
+from vllm_power.tools.bench.engine import IMPLS
+from vllm_power.tools.bench.scheduler_alone import SchedulerAlone, configuration
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """This process's folder for figures, new and empty."""
+    monkeypatch.setenv(board.VARIABLE, str(tmp_path))
+    monkeypatch.delenv(board.PROMETHEUS_VARIABLE, raising=False)
+
+    def forget() -> None:
+        writer._value.cache_clear()
+        writer._file.cache_clear()
+
+    forget()
+    yield tmp_path
+    forget()
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Iterator[Callable[..., SchedulerAlone]]:
+    """``engine(pages, options, **settings)``: vLLM's scheduler as in an engine with the backend, without a model."""
+    monkeypatch.setattr(steps, "SECONDS", 0)  # figures after every step
+    with ExitStack() as stack:
+
+        def start(pages: int, options: dict[str, Any] | None = None, **settings: Any) -> SchedulerAlone:
+            settings |= IMPLS["power"] | {"additional_config": {"power": options or {}}}
+            config = stack.enter_context(configuration({}, **settings))
+            monkeypatch.setenv(board.VARIABLE, str(folder))  # the configuration made one of its own
+            board.post("stage-0-0", STAGE)
+            compat.count_steps(config)
+            return SchedulerAlone(config, pages)
+
+        yield start

@@ -1,0 +1,178 @@
+"""The pattern in transformers, as ``attn_implementation="power"``.
+
+    from vllm_power.hf.attention import use_power
+
+    model = AutoModelForCausalLM.from_pretrained("MODEL")
+    use_power(model, {"dense_layers": [0, 13]})     # the options of the server, by the same names
+    ...                                             # train
+    model.save_pretrained("trained")                # config.json says power_attention: `vllm serve` takes it from there
+
+A checkpoint that says so already: ``register()``, then ``from_pretrained(..., attn_implementation="power")``.
+
+transformers asks twice: once a forward pass for the mask, and in each layer for the attention. In the mask's place
+stands a Batch (batch.py), which says which tokens are one text: blocks are counted from each text's first token. On
+GPUs the attention is FlexAttention (flex.py); on CPUs, and for a few queries, dense attention over the visible blocks
+(segments.py).
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+import torch
+from torch.nn.attention.flex_attention import BlockMask
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.flex_attention import flex_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import causal_mask_function, flex_attention_mask, sdpa_mask
+
+from vllm_power.hf import documents, layers
+from vllm_power.hf.batch import Batch
+from vllm_power.hf.masks import LARGEST_TILE
+from vllm_power.options import PatternOptions
+
+NAME = "power"
+
+# Arguments of transformers' attention functions that change the result in ways that are not implemented here.
+UNKNOWN_TO_PATTERN = ("softcap", "s_aux", "position_bias", "sliding_window")
+
+
+def register() -> None:
+    """Make ``attn_implementation="power"`` known to transformers. May be called any number of times."""
+    AttentionInterface.register(NAME, power_attention)
+    AttentionMaskInterface.register(NAME, power_mask)
+
+
+def use_power(model_or_config: Any, options: PatternOptions | Mapping[str, Any]) -> None:
+    """Put a transformers model, PEFT's wrapper of one, or the config of one to be made, under the pattern.
+
+    options: the server's (README.md, "Options"), or an object of them; {} is the default pattern. They are stored in
+    the config as ``power_attention``, so ``save_pretrained`` writes them.
+
+    Raises ValueError for an unknown or invalid option, and for a model that can not run under the pattern.
+    """
+    register()
+    given = options if isinstance(options, PatternOptions) else PatternOptions.model_validate(options)
+    is_model = isinstance(model_or_config, torch.nn.Module)
+    config = model_or_config.config if is_model else model_or_config
+    text_config = config.get_text_config()
+    if config.is_encoder_decoder:
+        raise ValueError(
+            "an encoder-decoder model has cross attention, which is not causal: the pattern does not fit"
+        )
+    layers.check(text_config, given)
+    text_config.power_attention = {"pattern": given.pattern, **given.set_by_user}
+    if not is_model:
+        text_config._attn_implementation = NAME
+        return
+    parts = {name: NAME for name in config.sub_configs if getattr(config, name) is text_config}
+    model_or_config.set_attn_implementation(parts or NAME)
+    if text_config._attn_implementation != NAME:
+        raise ValueError(
+            f"{type(model_or_config).__name__} does not take attention implementations from transformers' "
+            "AttentionInterface, so it can not run under the pattern"
+        )
+
+
+def power_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., torch.Tensor] = causal_mask_function,
+    attention_mask: torch.Tensor | None = None,
+    local_size: int | None = None,
+    use_vmap: bool = False,
+    config: Any = None,
+    **others: Any,
+) -> Any:
+    """What transformers' models call for their mask. attention_mask: bool [rows, tokens so far], False for padding.
+
+    Layers with a window of their own (``local_size``) get transformers' own mask. Raises ValueError for what the
+    pattern can not stand for.
+    """
+    if local_size is not None:
+        many = q_length >= LARGEST_TILE and torch.device(others.get("device", "cpu")).type == "cuda"
+        own_mask = flex_attention_mask if many else sdpa_mask
+        return own_mask(
+            batch_size,
+            q_length,
+            kv_length,
+            q_offset,
+            kv_offset,
+            mask_function,
+            attention_mask,
+            local_size=local_size,
+            use_vmap=use_vmap,
+            **others,
+        )
+    if use_vmap:
+        _refuse("the model adds a mask of its own to the causal one")
+    if kv_offset or q_offset + q_length != kv_length:
+        _refuse(
+            f"there are {kv_length} keys for {q_offset + q_length} tokens, as with a static cache or prefix tuning",
+            "Use the default, growing cache (leave out cache_implementation).",
+        )
+    if attention_mask is not None and attention_mask.shape[-1] != kv_length:
+        _refuse(f"attention_mask has {attention_mask.shape[-1]} tokens, there are {kv_length}")
+    told_apart = None if mask_function is causal_mask_function else mask_function
+    found = layers.options_of(config)
+    return Batch(
+        found.effective_pattern,
+        found.dense_layer_indices(config.num_hidden_layers),
+        documents.of_labels(documents.labels(told_apart, attention_mask, batch_size, kv_length)),
+        q_length,
+        kv_length,
+    )
+
+
+def power_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **named: Any,
+) -> tuple[torch.Tensor, None]:
+    """What each layer calls. Returns [rows, Q, H, D] and no weights.
+
+    query: [rows, H, Q, D]; key and value: [rows, G, K, D]. attention_mask: what
+    :func:`power_mask` gave. Raises ValueError for what the pattern can not stand for.
+    """
+    layer: Any = module.layer_idx
+    own = layers.keeping_their_own(module.config)
+    if layer in own and not isinstance(attention_mask, Batch):
+        forward = flex_attention_forward if isinstance(attention_mask, BlockMask) else sdpa_attention_forward
+        return forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **named)
+    if not isinstance(attention_mask, Batch):
+        _refuse(
+            "the mask of this layer was not made by the pattern",
+            "Give a two-dimensional attention_mask (1 for tokens, 0 for padding) or none, not a ready-made mask.",
+        )
+    if dropout:
+        _refuse("dropout in attention", "Set config.attention_dropout = 0.")
+    for name in UNKNOWN_TO_PATTERN:
+        if named.get(name) is not None:
+            _refuse(f"attention with {name}")
+    if named.get("is_causal") is False or getattr(module, "is_causal", True) is False:
+        _refuse("attention to later tokens")
+    batch = attention_mask
+    if named.get("cu_seq_lens_q") is not None:
+        batch = batch.packed(named["cu_seq_lens_q"])
+        if own and batch is not attention_mask:
+            _refuse(
+                "cu_seq_lens_q alone, which layers with a window of their own do not follow",
+                "Give position_ids that begin at 0 in each text, and use_cache=False.",
+            )
+    if named.get("position_ids") is not None:
+        batch.check_positions(named["position_ids"])
+    # Under autocast, rotary embeddings leave queries and keys in float32 beside values in the lower precision.
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    return batch.attend(layer, query, key, value, scale).transpose(1, 2).contiguous(), None
+
+
+def _refuse(cause: str, remedy: str = "Use another attention implementation for this model.") -> NoReturn:
+    raise ValueError(f'attn_implementation="power" can not do this: {cause}. {remedy}')

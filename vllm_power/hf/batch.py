@@ -1,0 +1,107 @@
+"""One forward pass: which tokens are one text, and which layers are dense. Models hand it on in their mask's place."""
+
+import torch
+
+from vllm_power.hf import documents, flex, segments
+from vllm_power.hf.documents import Row
+from vllm_power.hf.masks import LARGEST_TILE, Aligned, aligned
+from vllm_power.pattern import Pattern, preset
+
+
+class Batch:
+    """pattern: of the layers that are not dense. dense_layers: indices of those that are.
+
+    rows: the documents of each row, in keys. num_queries: the new tokens, the last ones of the ``num_keys`` tokens.
+    """
+
+    def __init__(
+        self,
+        pattern: Pattern,
+        dense_layers: frozenset[int],
+        rows: tuple[Row, ...],
+        num_queries: int,
+        num_keys: int,
+    ) -> None:
+        self.pattern = pattern
+        self.dense = preset("full", block_size=pattern.block_size)
+        self.dense_layers = dense_layers
+        self.rows = rows
+        self.num_queries = num_queries
+        self.num_keys = num_keys
+        # Rows with the same texts are computed at once.
+        same = len(set(rows)) == 1
+        self._groups = (
+            [(slice(None), rows[0])] if same else [(slice(i, i + 1), row) for i, row in enumerate(rows)]
+        )
+        self._aligned: dict[tuple[Pattern, Row, torch.device], Aligned] = {}
+        self._packed: tuple[torch.Tensor, Batch] | None = None
+        self._checked: torch.Tensor | None = None
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """query: [rows, H, Q, D]; key: [rows, G, K, D]; value: [rows, G, K, Dv]. Returns [rows, H, Q, Dv]."""
+        pattern = self.dense if layer in self.dense_layers else self.pattern
+        if (query.shape[2], key.shape[2]) != (self.num_queries, self.num_keys):
+            raise ValueError(
+                f"layer {layer} has {query.shape[2]} queries and {key.shape[2]} keys where the mask was made for "
+                f"{self.num_queries} and {self.num_keys}: this cache can not be used under the pattern"
+            )
+        outputs = []
+        for rows, texts in self._groups:
+            states = query[rows], key[rows], value[rows]
+            if self._suits_flex(query, pattern, texts):
+                outputs.append(flex.attend(*states, self._aligned_texts(pattern, texts, query.device), scale))
+            else:
+                outputs.append(segments.attend(*states, pattern, texts, scale))
+        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+    def with_dense(self, dense_layers: frozenset[int]) -> "Batch":
+        """The same texts with other dense layers."""
+        return Batch(self.pattern, dense_layers, self.rows, self.num_queries, self.num_keys)
+
+    def packed(self, cumulative: torch.Tensor) -> "Batch":
+        """The same tokens as the texts that ``cu_seq_lens_q`` tells apart. Raises ValueError where it does not fit."""
+        if self._packed is None or self._packed[0] is not cumulative:
+            if len(self.rows) != 1 or self.num_queries != self.num_keys:
+                raise ValueError("cu_seq_lens_q is for packed texts in one row, without a cache")
+            rows = documents.of_lengths(cumulative, self.num_keys)
+            size = self.num_queries, self.num_keys
+            batch = self if rows == self.rows else Batch(self.pattern, self.dense_layers, rows, *size)
+            self._packed = cumulative, batch
+        return self._packed[1]
+
+    def check_positions(self, position_ids: torch.Tensor) -> None:
+        """Refuse texts that the positions tell apart where the mask does not. position_ids: int [1 or rows, Q].
+
+        transformers reads packed texts from the positions only where there is neither padding nor a cache; elsewhere it
+        would let one text see another without a word. Raises ValueError.
+        """
+        if self.num_queries == 1 or position_ids.dim() != 2 or position_ids is self._checked:
+            return
+        first = self.num_keys - self.num_queries
+        steps = position_ids.cpu().diff(dim=1).expand(len(self.rows), -1)
+        for row, texts in enumerate(self.rows):
+            for start, end in texts:
+                if (steps[row, max(0, start - first) : max(0, end - 1 - first)] != 1).any():
+                    raise ValueError(
+                        f"position_ids do not rise by one inside the text of tokens {start} to {end - 1} in row {row}. "
+                        "Packed texts need use_cache=False and no attention_mask (as DataCollatorWithFlattening gives "
+                        "them); other gaps in the positions do not fit the pattern, which counts tokens."
+                    )
+        self._checked = position_ids
+
+    def _suits_flex(self, query: torch.Tensor, pattern: Pattern, texts: Row) -> bool:
+        """On a GPU, but for a few queries, one text that is plain causal attention, or no text at all."""
+        if not query.is_cuda or query.dtype == torch.float64 or self.num_queries < LARGEST_TILE:
+            return False
+        first = self.num_keys - self.num_queries
+        if len(texts) == 1 and not first and texts[0][1] - texts[0][0] <= pattern.dense_tokens:
+            return False
+        return any(end > first for _, end in texts)
+
+    def _aligned_texts(self, pattern: Pattern, texts: Row, device: torch.device) -> Aligned:
+        place = (pattern, texts, device)
+        if place not in self._aligned:
+            self._aligned[place] = aligned(pattern, texts, self.num_queries, self.num_keys, device)
+        return self._aligned[place]

@@ -1,0 +1,42 @@
+"""What each layer of a transformers model does: the pattern, dense attention, or a mask of its own."""
+
+from typing import Any
+
+from vllm_power import options
+
+
+def keeping_their_own(config: Any) -> frozenset[int]:
+    """Layers with a mask of their own, such as a sliding window, by transformers' config of a text model."""
+    layers = range(config.num_hidden_layers)
+    kinds = getattr(config, "layer_types", None)
+    if kinds:
+        return frozenset(layer for layer in layers if kinds[layer] != "full_attention")
+    narrow = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
+    return frozenset(layers if narrow else ())
+
+
+def options_of(config: Any) -> options.PatternOptions:
+    """The options stored in ``config.power_attention``.
+
+    Raises ValueError where there are none or a wrong one, and where no layer would run the pattern.
+    """
+    stored = getattr(config, "power_attention", None)
+    if stored is None:
+        raise ValueError(
+            'attn_implementation="power" needs to know the pattern: config.power_attention is not set. Call '
+            "vllm_power.hf.attention.use_power(model, {}) for the default one."
+        )
+    found = options.resolve(None, stored)
+    check(config, found)
+    return found
+
+
+def check(config: Any, found: options.PatternOptions) -> None:
+    """Refuse dense layers outside the model, and a model that would not run the pattern at all. Raises ValueError."""
+    own = keeping_their_own(config)
+    if len(own | found.dense_layer_indices(config.num_hidden_layers)) == config.num_hidden_layers:
+        raise ValueError(
+            f"none of the {config.num_hidden_layers} layers would run the pattern: each has a window of its own or "
+            "stays dense. If the model was meant to see everything, switch its window off "
+            "(config.sliding_window = None), or name fewer dense_layers."
+        )

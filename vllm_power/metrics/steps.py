@@ -1,0 +1,181 @@
+"""Counts an engine's steps, in its scheduler: tokens, blocks read and skipped, layers run, blocks held and given back.
+
+A step's new tokens of one request that lie in one query block read that block's visible key blocks: one segment of the
+plan. So a prompt counts as many pairs as its chunks make segments, and a decoding sequence one block's readings a step.
+The lengths are the scheduler's: exact, save that with asynchronous scheduling and speculative decoding they are those
+before rejected drafts are taken back. The figures are written once no sequence runs any more, and before that every
+tenth of a second.
+"""
+
+import time
+from importlib.metadata import version
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+from vllm.logger import init_logger
+
+from vllm_power import options, refusals
+from vllm_power.metrics import board, names, stage, writer
+from vllm_power.metrics.names import Figure
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.core.sched.output import SchedulerOutput
+
+logger = init_logger("vllm.power")
+
+# How old the figures may get while sequences run: steps of a few milliseconds need not write each time.
+SECONDS = 0.1
+
+
+class CountedScheduler:
+    """Stands before the class of vLLM's scheduler in use (``compat.count_steps``)."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.power_steps: StepCounter | None = None
+        try:
+            self.power_steps = StepCounter(self.vllm_config, self)  # type: ignore[attr-defined]
+        except Exception as error:
+            logger.warning("PowerAttention: there are no metrics of it, its engine can not count: %r", error)
+        # A stage of a pipeline may have no layer for the pattern; here all stages are known.
+        if self.power_steps is not None and self.power_steps.layers is not None:
+            numbers = {kind: len(indices) for kind, indices in self.power_steps.layers.items()}
+            refusals.check_any_layer(numbers[names.SPARSE], sum(numbers.values()))
+
+    def update_from_output(self, scheduler_output: "SchedulerOutput", *args: Any, **kwargs: Any) -> Any:
+        outputs = super().update_from_output(scheduler_output, *args, **kwargs)  # type: ignore[misc]
+        if self.power_steps is not None:
+            self.power_steps.count(scheduler_output)
+        return outputs
+
+
+class StepCounter:
+    """The figures of one engine. Raises OSError where they can not be written."""
+
+    def __init__(self, vllm_config: "VllmConfig", scheduler: Any) -> None:
+        self.scheduler, self.pool = scheduler, scheduler.kv_cache_manager.block_pool
+        self.engine = str(vllm_config.parallel_config.data_parallel_index)
+        self.labels = writer.common_labels(vllm_config)
+        asked = options.of_config(vllm_config)
+        pattern, max_model_len = asked.effective_pattern, vllm_config.model_config.max_model_len
+        self.shift = pattern.block_size.bit_length() - 1
+        # Optimistic lengths may run past the last block.
+        self.visible = pattern.visible_counts(pattern.num_blocks(max_model_len) + 2)
+        self.visible_before = [0, *accumulate(self.visible)]
+
+        self.counting = self._value(names.COUNTING)  # 0 until all is there
+        self.steps = self.tokens = self.read = self.skipped = 0
+        self.due = 0.0  # when the figures are to be written again
+        self.values = {
+            figure: self._value(figure)
+            for figure in (
+                names.TOKENS,
+                names.BLOCKS_READ,
+                names.BLOCKS_SKIPPED,
+                names.SEQUENCES_RUNNING,
+                names.KV_BLOCKS_LIVE,
+                names.KV_BLOCKS_RECLAIMED,
+            )
+        }
+        self._value(names.KV_BLOCKS_CAPACITY).set(self.pool.num_gpu_blocks - 1)  # without the null block
+        self._value(names.RECLAMATION_REQUESTED).set(asked.reclaim)
+        self._value(names.REFUSALS, reason=names.LOOKS_AHEAD)
+        self.managers = [
+            manager
+            for manager in scheduler.kv_cache_manager.coordinator.single_type_managers
+            if hasattr(manager, "num_reclaimed")
+        ]
+        self._value(names.RECLAMATION_ENABLED).set(bool(self.managers))
+        self.executions: list[tuple[writer.Value, int]] = []
+        self.layers: dict[str, list[int]] | None = None  # of all stages, where they are known
+        self._introduce(vllm_config, asked)
+        self.counting.set(1)
+
+    def count(self, step: "SchedulerOutput") -> None:
+        """Count a step that was run. Raises nothing: after an error serving goes on, and the figure COUNTING is 0."""
+        if not self.counting.number:
+            return
+        try:
+            self._count(step)
+        except Exception:
+            self.counting.set(0)
+            logger.exception("PowerAttention: its engine stops counting; serving goes on")
+
+    def _count(self, step: "SchedulerOutput") -> None:
+        if step.total_num_scheduled_tokens:
+            read, causal = self._blocks(step)
+            self.steps += 1
+            self.tokens += step.total_num_scheduled_tokens
+            self.read += read
+            self.skipped += causal - read
+        running, now = len(self.scheduler.running), time.monotonic()
+        if not running or now >= self.due:
+            self.due = now + SECONDS
+            self._write(running)
+
+    def _write(self, running: int) -> None:
+        """Show what was counted so far, and the state after this step."""
+        shown = {
+            names.TOKENS: self.tokens,
+            names.BLOCKS_READ: self.read,
+            names.BLOCKS_SKIPPED: self.skipped,
+            names.SEQUENCES_RUNNING: running,
+            names.KV_BLOCKS_LIVE: self.pool.num_gpu_blocks - 1 - self.pool.get_num_free_blocks(),
+            names.KV_BLOCKS_RECLAIMED: sum(manager.num_reclaimed for manager in self.managers),
+        }
+        for figure, number in shown.items():
+            self.values[figure].set(number)
+        for executions, layers in self.executions:
+            executions.set(self.steps * layers)
+
+    def _blocks(self, step: "SchedulerOutput") -> tuple[int, int]:
+        """How many key blocks the step's query blocks read, and how many there were up to them."""
+        cached, shift = step.scheduled_cached_reqs, self.shift
+        decodes_only = len(cached.req_ids) == step.total_num_scheduled_tokens
+        computed_of: dict[str, int] = {}
+        if not decodes_only:
+            computed_of = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+            computed_of.update((new.req_id, new.num_computed_tokens) for new in step.scheduled_new_reqs)
+        # The block of each request's first new token, which for most is the only one.
+        blocks = [
+            computed >> shift
+            for computed in (cached.num_computed_tokens if decodes_only else computed_of.values())
+        ]
+        read, causal = sum(map(self.visible.__getitem__, blocks)), sum(blocks) + len(blocks)
+        if decodes_only:
+            return read, causal
+        # And the blocks after it, up to the last new token's.
+        for request, new in step.num_scheduled_tokens.items():
+            if new > 1:
+                computed = computed_of[request]
+                first, end = (computed >> shift) + 1, ((computed + new - 1) >> shift) + 1
+                read += self.visible_before[end] - self.visible_before[first]
+                causal += (end * (end + 1) - first * (first + 1)) // 2
+        return read, causal
+
+    def _introduce(self, vllm_config: "VllmConfig", asked: options.PowerOptions) -> None:
+        """Say what runs, by what the workers found in the model that they built (``stage``)."""
+        found = stage.whole(self.engine, vllm_config.parallel_config.pipeline_parallel_size)
+        self.layers = found["layers"]
+        for kind, indices in (found["layers"] or {}).items():
+            self._value(names.LAYERS, attention=kind).set(len(indices))
+            self.executions.append((self._value(names.LAYER_EXECUTIONS, attention=kind), len(indices)))
+        requested = asked.dense_layer_indices(vllm_config.model_config.get_total_num_hidden_layers())
+        self._value(names.DENSE_LAYERS_REQUESTED).set(len(requested))
+        self._value(
+            names.INFO,
+            version=version("vllm-power"),
+            pattern=str(asked.effective_pattern),
+            executor=found["executor"],
+            reclamation="on" if self.managers else "off",
+        ).set(1)
+        found["max_model_len"] = vllm_config.model_config.max_model_len
+        if self.managers:
+            found["reclamation"] = "on"
+        elif found["reclamation"] == "on":  # what the configuration allows; the cache has the last word
+            found["reclamation"] = "no layer has a KV cache of the kind that gives blocks back"
+        board.post(f"engine-{self.engine}", found)
+
+    def _value(self, figure: Figure, **labels: str) -> writer.Value:
+        return writer.value(figure, self.labels | labels)

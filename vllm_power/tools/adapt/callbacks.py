@@ -1,0 +1,108 @@
+"""What happens beside the steps: a progress bar, a stop on signals, an error where the loss is no longer sound."""
+
+import math
+import signal
+from collections import deque
+from statistics import median
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+from vllm_power.tools.adapt.settings import Settings
+
+REMEMBERED = 20  # steps whose median loss is what a spike is measured against
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Sound(TrainerCallback):
+    """Raises FloatingPointError where a loss is not a number or far above those before it.
+
+    That is before a checkpoint of the step could be written.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.before: deque[float] = deque(maxlen=REMEMBERED)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **named: Any) -> None:
+        self.before.extend(entry["loss"] for entry in state.log_history[-REMEMBERED:] if "loss" in entry)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **named: Any) -> None:
+        if not logs or "loss" not in logs:
+            return
+        loss, norm = float(logs["loss"]), float(logs.get("grad_norm") or 0.0)
+        step, length = state.global_step, self.settings.length_at(state.global_step - 1)
+        where = f"at step {step} (sequences of {length:,} tokens, learning rate {logs.get('learning_rate', 0):.2g})"
+        remedy = (
+            "Train anew, to another --output, with a lower --learning-rate, a longer --warmup or other data."
+        )
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise FloatingPointError(f"loss {loss}, gradient norm {norm} {where}. {remedy}")
+        usual = median(self.before) if len(self.before) == REMEMBERED else math.inf
+        if loss > self.settings.spike * usual:
+            raise FloatingPointError(
+                f"the loss leapt to {loss:.3f} {where}; of the {REMEMBERED} steps before the median was {usual:.3f}. "
+                f"{remedy} If it may leap, raise --spike."
+            )
+        self.before.append(loss)
+
+
+class Stop(TrainerCallback):
+    """SIGTERM and Ctrl-C end the training after the step in progress, with a checkpoint."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.stopped = False
+        self._handlers: dict[signal.Signals, Any] = {}
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.asked = True
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **named: Any) -> None:
+        self._handlers = {number: signal.signal(number, self._note) for number in SIGNALS}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **named: Any) -> None:
+        if self._any_asked(args.device) and state.global_step < state.max_steps:
+            self.stopped = control.should_save = control.should_training_stop = True
+
+    def restore(self) -> None:
+        """The signals' former meaning; after the training, however it ended."""
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
+
+    def _any_asked(self, device: torch.device) -> bool:
+        """Whether any process was asked: all have to stop at the same step."""
+        if PartialState().num_processes == 1:
+            return self.asked
+        asked = torch.tensor(int(self.asked), device=device)
+        torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
+        return bool(asked)
+
+
+class Bar(TrainerCallback):
+    """A progress bar in a terminal; elsewhere a line for each twentieth of the steps."""
+
+    def __init__(self, settings: Settings, console: Console) -> None:
+        self.settings = settings
+        columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+        self.console = console
+        self.progress = Progress(*columns, console=console, disable=not console.is_terminal)
+        self.task = self.progress.add_task("starting", total=settings.steps)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **named: Any) -> None:
+        self.progress.update(self.task, completed=state.global_step)
+        self.progress.start()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **named: Any) -> None:
+        if not logs or "loss" not in logs:
+            return
+        step = state.global_step
+        told = f"sequences of {self.settings.length_at(step - 1):,}, loss {float(logs['loss']):.3f}"
+        self.progress.update(self.task, completed=step, description=told)
+        if not self.console.is_terminal and step % max(1, self.settings.steps // 20) == 0:
+            self.console.print(f"step {step} of {self.settings.steps}, {told}", highlight=False)

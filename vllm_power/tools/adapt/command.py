@@ -1,0 +1,71 @@
+"""The options of `vllm-power adapt`."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from vllm_power.tools.common.command_options import PatternJson, errors_in_one_line, json_object
+
+
+def adapt_command(
+    model: Annotated[str, typer.Argument(help="The model to begin from: a folder or a name.")],
+    data: Annotated[
+        list[Path], typer.Option(help="Text: .txt, .jsonl or .parquet; may be given several times.")
+    ],
+    output: Annotated[Path, typer.Option(help="Where the model goes; the same command goes on there.")],
+    power: PatternJson = None,
+    stages: Annotated[
+        str, typer.Option(help="LENGTH:TOKENS or LENGTH:STEPS of each stage, with commas.")
+    ] = "4K:250M,8K:250M,16K:250M,32K:250M",
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a step, all GPUs together.")] = 524_288,
+    learning_rate: Annotated[
+        float | None, typer.Option(min=0.0, show_default="1e-5, with --lora 2e-4", help="At its peak.")
+    ] = None,
+    warmup: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the steps.")] = 0.03,
+    weight_decay: Annotated[float, typer.Option(min=0.0)] = 0.1,
+    lora: Annotated[int, typer.Option(min=0, help="Train adapters of this rank; 0: all weights.")] = 0,
+    precision: Annotated[
+        Literal["bf16", "fp32"], typer.Option(help="What is computed in; learnt weights are float32.")
+    ] = "bf16",
+    apart: Annotated[
+        bool, typer.Option(help="Documents do not see each other; else sequences run across them.")
+    ] = False,
+    field: Annotated[str, typer.Option(help="The text's column in .jsonl and .parquet.")] = "text",
+    held_out: Annotated[
+        list[Path] | None,
+        typer.Option(help="Text for the evaluation.", show_default="cut from --data"),
+    ] = None,
+    eval_tokens: Annotated[
+        int, typer.Option(min=0, help="Held-out tokens for each length; 0: no evaluation.")
+    ] = 262_144,
+    spike: Annotated[
+        float, typer.Option(min=1.0, help="Stop where the loss is this many times the latest steps' median.")
+    ] = 2.0,
+    save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,
+    seed: Annotated[int, typer.Option(help="Of the documents' order, and of adapters.")] = 0,
+) -> None:
+    """Continued pre-training of a model under the pattern, with an evaluation before and after."""
+    with errors_in_one_line("adapt", "train"):
+        from vllm_power.tools.adapt.run import run
+        from vllm_power.tools.adapt.settings import Settings, stages_of
+
+        settings = Settings(
+            model=model,
+            data=tuple(map(str, data)),
+            power=json_object(power or "{}", "--power"),
+            stages=stages_of(stages),
+            held_out=tuple(map(str, held_out or ())),
+            field=field,
+            apart=apart,
+            batch_tokens=batch_tokens,
+            learning_rate=learning_rate,
+            warmup=warmup,
+            weight_decay=weight_decay,
+            lora=lora,
+            precision=precision,
+            eval_tokens=eval_tokens,
+            spike=spike,
+            seed=seed,
+        )
+        run(settings, output, save_every)

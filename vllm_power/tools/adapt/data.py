@@ -1,0 +1,191 @@
+"""Text files as tokens, and tokens as rows of the training and windows of the evaluation.
+
+Documents are tokenized once, into a memory-mapped file, and lie one after the other in an order that the seed decides.
+Rows are cut from that line: no token is padding.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from vllm_power.tools.adapt.settings import Settings
+
+KINDS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+COMPRESSED = (".gz", ".xz", ".zst")
+NOT_ASKED = -100  # transformers' label of a token that is not predicted
+
+
+def tokenized(files: Sequence[str], field: str, tokenizer: Any, cache: Path) -> Any:
+    """A data set with ``input_ids`` and their ``length``: a row for each document and its end-of-text token.
+
+    A .txt file is one document; in .jsonl and .parquet each row is, by its column ``field``. Raises ValueError for
+    files of another kind, files that are not there, and a column that is not there.
+    """
+    from datasets import Features, List, Value, concatenate_datasets, load_dataset
+
+    parts = []
+    for path in files:
+        if not Path(path).is_file():
+            raise ValueError(f"{path}: there is no such file")
+        kind = KINDS.get(Path(_uncompressed(path)).suffix)
+        if kind is None:
+            raise ValueError(
+                f"{path}: text is read from {', '.join(KINDS)}, also with {', '.join(COMPRESSED)}"
+            )
+        column, named = ("text", {"sample_by": "document"}) if kind == "text" else (field, {})
+        part = load_dataset(kind, data_files=[path], split="train", cache_dir=str(cache), **named)
+        if column not in part.column_names:
+            raise ValueError(
+                f"{path} has no column {column!r} but {', '.join(part.column_names)}: name the text's with --field"
+            )
+        parts.append(
+            part.select_columns([column]).rename_columns({column: "text"} if column != "text" else {})
+        )
+    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+
+    def ids(batch: dict[str, list[str]]) -> dict[str, list[Any]]:
+        found = tokenizer([text or "" for text in batch["text"]], verbose=False)["input_ids"]
+        ended = [tokens if tokens[-1:] == end else tokens + end for tokens in found]
+        return {"input_ids": ended, "length": [len(tokens) for tokens in ended]}
+
+    kinds = Features({"input_ids": List(Value("int32")), "length": Value("int64")})
+    texts = concatenate_datasets(parts)
+    return texts.map(ids, batched=True, features=kinds, remove_columns=["text"], desc="tokenizing")
+
+
+def _uncompressed(path: str) -> str:
+    return next((path.removesuffix(ending) for ending in COMPRESSED if path.endswith(ending)), path)
+
+
+@dataclass(frozen=True)
+class Line:
+    """Parts of documents, one after the other: int64 [parts] each.
+
+    document: index in ``documents``; first, last: the tokens of it, the last one excluded.
+    """
+
+    documents: Any
+    document: np.ndarray
+    first: np.ndarray
+    last: np.ndarray
+
+    @classmethod
+    def of(cls, documents: Any, seed: int) -> "Line":
+        """Whole documents, in an order of the seed's."""
+        lengths = np.array(documents["length"], dtype=np.int64)
+        order = np.random.default_rng(seed).permutation(len(lengths))
+        return cls(documents.with_format("arrow"), order, np.zeros_like(lengths), lengths[order])
+
+    @property
+    def tokens(self) -> int:
+        return int((self.last - self.first).sum())
+
+    def shuffled(self, seed: int) -> "Line":
+        """The same parts in another order."""
+        order = np.random.default_rng(seed).permutation(len(self.document))
+        return Line(self.documents, self.document[order], self.first[order], self.last[order])
+
+    def split(self, tokens: int) -> tuple["Line", "Line"]:
+        """The first ``tokens`` tokens, and the rest: the document at the border is cut."""
+        lengths = self.last - self.first
+        ends = lengths.cumsum()
+        keep = np.clip(tokens - (ends - lengths), 0, lengths)
+        middle = self.first + keep
+        before, after = keep > 0, keep < lengths
+        return (
+            Line(self.documents, self.document[before], self.first[before], middle[before]),
+            Line(self.documents, self.document[after], middle[after], self.last[after]),
+        )
+
+    def read(self, begin: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """``count`` tokens from ``begin`` on, int64, and the places among them at which a part begins."""
+        number = int(np.searchsorted(self._ends, begin, side="right"))
+        place = begin - int(self._ends[number - 1] if number else 0)
+        tokens: list[np.ndarray] = []
+        starts = []
+        done = 0
+        while done < count:
+            first = int(self.first[number]) + place
+            taken = min(count - done, int(self.last[number]) - first)
+            if not place:
+                starts.append(done)
+            document = self.documents[int(self.document[number])]["input_ids"][0].values  # not copied
+            tokens.append(document.slice(first, taken).to_numpy().astype(np.int64))
+            done += taken
+            number, place = number + 1, 0
+        return np.concatenate(tokens), np.asarray(starts, dtype=np.int64)
+
+    @cached_property
+    def _ends(self) -> np.ndarray:
+        return (self.last - self.first).cumsum()
+
+
+def begin_token(tokenizer: Any) -> int | None:
+    """What the tokenizer puts before a text, which models expect to see there; None for most."""
+    found = tokenizer("", verbose=False)["input_ids"]
+    return found[0] if found and found[0] != tokenizer.eos_token_id else None
+
+
+def windows(line: Line, length: int, tokens: int, begin: int | None) -> torch.Tensor:
+    """int64 [windows, length]: the first ``tokens`` tokens of ``line``, cut. begin: what each begins with."""
+    count = min(tokens, line.tokens) // length
+    cut = torch.from_numpy(line.read(0, count * length)[0]).view(count, length)
+    if begin is not None:
+        cut[:, 0] = begin
+    return cut
+
+
+class Rows(Dataset[dict[str, torch.Tensor]]):
+    """The rows of all steps, in order: a step takes ``settings.rows_in_step`` of them.
+
+    Each is as long as the longest stage's sequences and holds several shorter ones in the stages before, told apart by
+    positions that begin at 0. So every step has the same shape, memory and tokens, and going on is a matter of
+    counting. Where the data end they begin again in another order.
+    """
+
+    def __init__(self, line: Line, settings: Settings, begin: int | None) -> None:
+        self.settings = settings
+        self.begin = begin
+        self.rows_in_pass = line.tokens // settings.row
+        if not self.rows_in_pass:
+            raise ValueError(
+                f"the training data have {line.tokens:,} tokens beside the held-out ones, fewer than one sequence of "
+                f"{settings.row:,}: give more data, a smaller --eval-tokens, or shorter --stages"
+            )
+        self._in_pass = lru_cache(maxsize=1)(lambda number: line.shuffled(settings.seed + 1 + number))
+
+    def __len__(self) -> int:
+        return self.settings.steps * self.settings.rows_in_step
+
+    @property
+    def passes(self) -> float:
+        """How often the data are read."""
+        return len(self) / self.rows_in_pass
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """input_ids, position_ids and labels, int64 [row]."""
+        settings = self.settings
+        number, place = divmod(index, self.rows_in_pass)
+        tokens, documents = self._in_pass(number).read(place * settings.row, settings.row)
+        starts = np.arange(0, settings.row, settings.length_at(index // settings.rows_in_step))
+        if self.begin is not None:
+            tokens[starts] = self.begin
+        if settings.apart:
+            starts = np.union1d(starts, documents)
+        labels = tokens.copy()
+        labels[starts] = NOT_ASKED
+        lengths = np.diff(starts, append=settings.row)
+        positions = np.arange(settings.row) - np.repeat(starts, lengths)
+        named = {"input_ids": tokens, "position_ids": positions, "labels": labels}
+        return {name: torch.from_numpy(values) for name, values in named.items()}
+
+    def hidden_share(self, dense_tokens: int) -> float:
+        """Share of some rows' tokens past what the pattern hides nothing from; the last stage's rows."""
+        some = [self[index]["position_ids"] for index in range(max(0, len(self) - 8), len(self))]
+        return float((torch.stack(some) >= dense_tokens).float().mean())

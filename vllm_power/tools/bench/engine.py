@@ -1,0 +1,140 @@
+"""What the benchmarks of a whole engine share: the model's shape, what is compared, requests, and processes."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from vllm_power.tools.common.results import Row, gpu_name
+from vllm_power.tools.common.vllm_server import stop
+
+QWEN2_7B: dict[str, Any] = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "vocab_size": 152064,
+    "max_position_embeddings": 1_100_000,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1_000_000.0,
+    "torch_dtype": "bfloat16",
+    "tie_word_embeddings": False,
+}
+# One layer, one head: what a scheduler and a KV cache do does not depend on the model's size.
+TINY = QWEN2_7B | {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "vocab_size": 1024,
+}
+IMPLS: dict[str, dict[str, Any]] = {
+    "power": {"attention_backend": "power"},
+    "power_no_reclaim": {
+        "attention_backend": "power",
+        "additional_config": {"power": {"reclaim": False}},
+    },
+    "dense": {"attention_backend": "FLASH_ATTN"},
+}
+CHUNK = 8_192
+
+
+@contextmanager
+def model_folder(config: dict[str, Any]) -> Iterator[str]:
+    """A folder that vLLM takes for a model: its weights are random."""
+    with tempfile.TemporaryDirectory() as directory:
+        (Path(directory) / "config.json").write_text(json.dumps(config))
+        yield directory
+
+
+@contextmanager
+def engine(impl: str, config: dict[str, Any], **settings: Any) -> Iterator[Any]:
+    """vLLM with random weights of the shape ``config``, running one of ``IMPLS``; ``settings`` as vLLM's LLM takes."""
+    from vllm import LLM
+
+    with model_folder(config) as folder:
+        begin = time.perf_counter()
+        llm = LLM(
+            folder,
+            load_format="dummy",
+            skip_tokenizer_init=True,
+            kernel_config={
+                "enable_flashinfer_autotune": False
+            },  # 20 s at each start, for kernels not used here
+            **{"enable_prefix_caching": False, "disable_log_stats": True, **IMPLS[impl], **settings},
+        )
+        say(f"{impl}: engine up after {time.perf_counter() - begin:.0f} s")
+        yield llm
+
+
+def add_requests(llm_engine: Any, count: int, prompt: int, new_tokens: int) -> None:
+    """Hand over ``count`` prompts of random tokens. Each step's outputs then hold what is new, and no text."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    vocabulary = range(llm_engine.vllm_config.model_config.get_vocab_size())
+    sampling = SamplingParams(
+        temperature=0,
+        max_tokens=new_tokens,
+        ignore_eos=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.DELTA,
+    )
+    for index in range(count):
+        tokens = random.choices(vocabulary, k=prompt)
+        llm_engine.add_request(f"{time.time_ns()}-{index}", {"prompt_token_ids": tokens}, sampling)
+
+
+def run_apart(module: str, *arguments: Any) -> Iterator[Row]:
+    """Run ``module``, which ends in :func:`answer`, in a process of its own; yields its rows as they come.
+
+    Raises CalledProcessError where the process fails. The process ends with the generator, however that ends.
+    """
+    # -P: a folder of the current directory must not stand in for a package, as kernels/ would for transformers.
+    command = [sys.executable, "-P", "-m", module, json.dumps(arguments)]
+    environment = {"VLLM_LOGGING_LEVEL": "WARNING"} | os.environ
+    # A session of its own, so that what the engine started can be ended with it.
+    child = subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
+    assert child.stdout is not None
+    try:
+        for line in child.stdout:
+            if line.startswith('{"bench"'):
+                say(line.rstrip()[:300])
+                yield json.loads(line)
+        if child.wait():
+            raise subprocess.CalledProcessError(child.returncode, command[:-1])
+    finally:
+        stop(child, grace=20)
+        child.stdout.close()
+
+
+def answer(measure: Callable[..., Iterator[Row]]) -> None:
+    """The other side of :func:`run_apart`: print the rows of ``measure``, called with the arguments that came."""
+    for row in measure(*json.loads(sys.argv[1])):
+        print(json.dumps(row), flush=True)
+
+
+def lacks_gpu(what: str, instead: str) -> bool:
+    """Whether there is no NVIDIA GPU; says then that ``what`` needs one, and what to do ``instead``."""
+    lacks = gpu_name() is None
+    if lacks:
+        say(f"{what}: needs an NVIDIA GPU, and torch sees none; {instead}.")
+    return lacks
+
+
+def say(line: str) -> None:
+    """Tell the progress."""
+    print(line, file=sys.stderr, flush=True)

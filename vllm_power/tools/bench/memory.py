@@ -1,0 +1,105 @@
+"""``vllm-power bench memory``: what giving KV blocks back early brings, and what it costs.
+
+Four parts, each in processes of its own: the pages that one request holds over time (live), the sequences that decode
+at once in the same cache (concurrency), the scheduler's own time for a step (scheduler), and long requests through the
+whole engine on a GPU (throughput). A row goes to memory.jsonl as soon as it is measured.
+"""
+
+import subprocess
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from vllm_power.pattern import POWER
+from vllm_power.tools.bench.engine import QWEN2_7B, lacks_gpu, run_apart, say
+from vllm_power.tools.common import results
+from vllm_power.tools.common.results import Row
+
+PARTS = ("live", "concurrency", "scheduler", "throughput")
+THROUGHPUT = ("power", "power_no_reclaim", "dense")
+SEQUENCES, SEQUENCE, STEPS = 256, 32_768, 600  # of the scheduler part: sequences, their tokens, steps
+
+
+def jobs(
+    part: str,
+    on_gpu: bool,
+    requests: int,
+    context: int,
+    output: int,
+    cache_sequences: int,
+    seconds: float,
+) -> Iterator[tuple[str, tuple[object, ...]]]:
+    """The processes of one part: the module that runs, and its arguments."""
+    module = f"vllm_power.tools.bench.memory_{part}"
+    if part == "live":
+        for impl in ("power", "power_no_reclaim"):
+            yield module, (impl, context, output, on_gpu)
+    elif part == "concurrency":
+        yield module, ([context // 4, context], output, cache_sequences)
+    elif part == "scheduler":
+        yield module, (SEQUENCES, SEQUENCE, STEPS)
+    else:
+        cache_bytes = cache_bytes_for(cache_sequences, context + output) if cache_sequences else None
+        for impl in THROUGHPUT:
+            yield module, (impl, requests, context, output, cache_bytes, seconds)
+
+
+def cache_bytes_for(sequences: int, tokens: int) -> int:
+    """A KV cache of Qwen2-7B's shape, 2 bytes a number, for whole sequences of ``tokens`` tokens and a null page."""
+    blocks = sequences * -(-tokens // POWER.block_size) + 1
+    head_size = QWEN2_7B["hidden_size"] // QWEN2_7B["num_attention_heads"]
+    token_bytes = QWEN2_7B["num_hidden_layers"] * QWEN2_7B["num_key_value_heads"] * head_size * 2 * 2
+    return blocks * POWER.block_size * token_bytes
+
+
+def main(
+    parts: Sequence[str] = PARTS,
+    requests: int = 64,
+    context: int = 131_072,
+    output: int = 1_024,
+    cache_sequences: int = 4,
+    seconds: float = 3_600,
+    folder: Path = results.FOLDER,
+) -> int:
+    """Run ``parts``, append their rows to ``folder``/memory.jsonl, print them; 0 where every process succeeded.
+
+    cache_sequences: the cache of the parts concurrency and throughput holds that many whole sequences; 0 leaves
+    throughput all the memory that vLLM takes. seconds: the most for each implementation's throughput.
+    """
+    here = results.machine()
+    on_gpu = here["gpu"] is not None
+    rows: list[Row] = []
+    failures = 0
+    for part in parts:
+        if part == "throughput" and lacks_gpu(part, "the other parts run without one"):
+            failures += tuple(parts) != PARTS  # asked for by name
+            continue
+        for module, job in jobs(part, on_gpu, requests, context, output, cache_sequences, seconds):
+            say(f"{part}: {' '.join(map(str, job))}")
+            try:
+                for row in run_apart(module, *job):
+                    results.append("memory", [row], folder, here)
+                    rows.append(row)
+            except subprocess.CalledProcessError as failure:
+                say(f"{part} {job[0]}: failed with status {failure.returncode}")
+                failures += 1
+    if rows:
+        _print_table(rows)
+    return int(failures > 0)
+
+
+def _print_table(rows: list[Row]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="KV memory")
+    for column in ("what", "", "implementation", "context", "output", "value", "unit"):
+        table.add_column(column, justify="right" if column in ("context", "output", "value") else "left")
+    for row in rows:
+        kinds = [row["work"]] if "work" in row else []
+        if "prefix_caching" in row:
+            kinds.append("prefix caching " + ("on" if row["prefix_caching"] else "off"))
+        if row.get("truncated"):
+            kinds.append("cut off")
+        numbers = (f"{row['context']:,}", f"{row['output']:,}", f"{row['value']:,.4g}")
+        table.add_row(row["bench"], ", ".join(kinds), row["impl"], *numbers, row["unit"])
+    Console(width=130).print(table)

@@ -1,0 +1,183 @@
+"""``vllm-power bench report``: README tables, plots in docs/results and the table of executors, from recorded rows."""
+
+import json
+import re
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+from vllm_power.executors import FASTEST
+from vllm_power.tools.bench import report_memory
+from vllm_power.tools.bench.engine import say
+from vllm_power.tools.common.plots import pyplot, save
+from vllm_power.tools.common.results import Row, last_run, rows, where
+
+MARK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end -->)", re.S)
+
+
+def latest(measured: list[Row]) -> dict[tuple[str, int, int, str], float]:
+    """{(bench, batch, context, impl): median ms} of the last run; of rows that measured the same, the last."""
+    return {
+        (row["bench"], row["batch"], row["context"], row["impl"]): row["median_ms"]
+        for row in last_run(measured)
+        if "median_ms" in row
+    }
+
+
+def serve_table(measured: list[Row]) -> str:
+    """vLLM end to end: time to first token and decode steps, dense against the pattern."""
+    names = {"ttft": "time to first token", "decode_step": "decode step"}
+    return _table(measured, names, {"dense": "FLASH_ATTN ms", "power": "power ms"})
+
+
+def cpu_table(measured: list[Row]) -> str:
+    """Attention steps on a CPU, vLLM's dense backend against the pattern."""
+    names = {"prefill": "prefill", "prefill_2048": "prefill of the last 2,048", "decode": "decode"}
+    return _table(measured, names, {"dense": "dense ms", "power": "power ms"})
+
+
+def kernels_table(measured: list[Row]) -> str:
+    """One layer's kernels: dense FlashAttention 3 (pages of 16), FlashAttention 3 over the plan, and ours."""
+    names = {"prefill": "prefill", "decode": "decode"}
+    columns = {"dense_fa3": "FA3 dense ms", "plan_fa3": "FA3 over the plan ms", "power": "power ms"}
+    shown = (1_024, 8_192, 16_384, 131_072, 1_048_576)
+    return _table([row for row in measured if row.get("context") in shown], names, columns)
+
+
+def _table(measured: list[Row], names: dict[str, str], columns: dict[str, str]) -> str:
+    """A line for each measured work; ``columns`` are its implementations, the dense one first and ours last."""
+    times = latest(measured)
+    lines = [
+        f"| | batch | context | {' | '.join(columns.values())} | ratio |",
+        "| --- " * (len(columns) + 4) + "|",
+    ]
+    order = list(names)
+    works = {key[:3] for key in times if key[0] in names}
+    for bench, batch, context in sorted(works, key=lambda work: (order.index(work[0]), *work[1:])):
+        found = [times.get((bench, batch, context, impl)) for impl in columns]
+        if found[0] is not None and found[-1] is not None:
+            cells = " | ".join(
+                "" if ms is None else f"{ms:,.0f}" if ms >= 1000 else f"{ms:.4g}" for ms in found
+            )
+            ratio = found[0] / found[-1]
+            lines.append(f"| {names[bench]} | {batch} | {context:,} | {cells} | {ratio:.2f}x |")
+    return f"{where(measured[-1])}\n\n" + "\n".join(lines) + "\n"
+
+
+TABLES: dict[str, Callable[[list[Row]], str]] = {
+    "serve": serve_table,
+    "kernels": kernels_table,
+    "cpu": cpu_table,
+    "memory": report_memory.table,
+}
+# {file: (title, the dense implementation in its rows, {bench: what it is called})}
+PLOTS = {
+    "serve": ("vLLM, Qwen2-7B shape", "dense", {"ttft": "time to first token", "decode_step": "decode step"}),
+    "kernels": ("one layer, Qwen2-7B shape", "dense_fa3", {"prefill": "prefill", "decode": "decode"}),
+}
+
+
+def filled(text: str, folder: Path) -> str:
+    """``text`` with every marked table drawn anew from the rows in ``folder``."""
+
+    def replace(match: re.Match[str]) -> str:
+        measured = rows(folder, match[2])
+        return f"{match[1]}{TABLES[match[2]](measured)}{match[3]}" if measured else match[0]
+
+    return MARK.sub(replace, text)
+
+
+def plot(folder: Path, name: str) -> Path:
+    """Draw how often ours fits into the dense time, by context, from ``folder``/``name``.jsonl into ``name``.svg."""
+    plt = pyplot()
+    title, dense, names = PLOTS[name]
+    times = latest(rows(folder, name))
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for (bench, batch, context, impl), ms in times.items():
+        ours = times.get((bench, batch, context, "power"))
+        if impl == dense and bench in names and ours is not None:
+            label = names[bench] + (f", batch {batch}" if bench.startswith("decode") else "")
+            lines.setdefault(label, []).append((context, ms / ours))
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for label, points in sorted(lines.items()):
+        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
+    axes.axhline(1, color="grey", linewidth=0.8)
+    axes.set(xlabel="context, tokens", ylabel="times faster than dense FlashAttention 3", title=title)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.yaxis.set_major_formatter("{x:g}x")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return save(figure, folder / f"{name}.svg")
+
+
+def plot_rates(folder: Path) -> Path:
+    """Draw the kernels' rates over the visible blocks against the GPU's measured ceilings into kernels-rates.svg."""
+    plt = pyplot()
+    measured = last_run(rows(folder, "kernels"))
+    ceilings = {row["impl"]: row for row in measured if row["bench"] == "ceiling"}
+    names = {
+        "power": "power",
+        "plan_fa3": "FA3 over the plan",
+        "flex": "FlexAttention",
+        "xformers_plan": "xformers",
+    }
+    figure, panels = plt.subplots(1, 2, figsize=(12, 4))
+    for axes, bench, rate, unit, ceiling, most in (
+        (panels[0], "prefill", "tflops", "TFLOP/s", "matmul_8192", ceilings["matmul_8192"]["tflops"]),
+        (panels[1], "decode", "gb_per_s", "GB/s", "copy", 1e3 * ceilings["copy"]["tb_per_s"]),
+    ):
+        lines: dict[str, dict[int, float]] = {}
+        for row in measured:
+            if row["bench"] == bench and row["impl"] in names:
+                batch = f", batch {row['batch']}" if bench == "decode" else ""
+                lines.setdefault(names[row["impl"]] + batch, {})[row["context"]] = row[rate]
+        for label, points in lines.items():
+            style = "-" if label.startswith("power") else "--"
+            axes.plot(*zip(*sorted(points.items()), strict=True), style, marker=".", label=label)
+        axes.axhline(most, color="grey", linewidth=0.8, label=f"ceiling: {ceiling.partition('_')[0]}")
+        axes.set(xlabel="context, tokens", ylabel=f"{unit} on visible blocks", title=bench, ylim=(0, None))
+        axes.set_xscale("log", base=2)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
+    return save(figure, folder / "kernels-rates.svg")
+
+
+def fastest(measured: list[Row]) -> dict[str, dict[str, str]]:
+    """{compute capability: {"prefill": executor, "decode": executor}}: the faster one, by the geometric mean of the
+    ratios over all works of the last run on each kind of GPU, on the largest page."""
+    executors = {"power": "triton", "plan_fa3": "flash_attn"}
+    table: dict[str, dict[str, str]] = {}
+    for capability in sorted({row["capability"] for row in measured if row.get("capability")}):
+        rows_of = last_run([row for row in measured if row.get("capability") == capability])
+        page = max(row["page"] for row in rows_of if "page" in row)
+        times = latest([row for row in rows_of if row.get("page") == page and row["impl"] in executors])
+        for bench in ("prefill", "decode"):
+            works = {key[:3] for key in times if key[0] == bench}
+            pairs = [(times.get((*work, "power")), times.get((*work, "plan_fa3"))) for work in works]
+            ratios = [theirs / ours for ours, theirs in pairs if ours and theirs]
+            if ratios:
+                winner = "power" if statistics.geometric_mean(ratios) >= 1 else "plan_fa3"
+                table.setdefault(capability, {})[bench] = executors[winner]
+    return table
+
+
+def main(page: Path = Path("README.md"), folder: Path = Path("docs/results")) -> int:
+    """Draw the tables of ``page`` and the plots anew, and write down which executor ``auto`` takes.
+
+    Returns 0, or 1 where there is no ``page`` or ``folder``.
+    """
+    if missing := [str(path) for path in (page, folder) if not path.exists()]:
+        say(f"bench report: there is no {' and no '.join(missing)} here; run it in a checkout of vllm-power.")
+        return 1
+    if choices := fastest(rows(folder, "kernels")):
+        FASTEST.write_text(json.dumps(choices) + "\n")
+    page.write_text(filled(page.read_text(), folder))
+    for name in PLOTS:
+        if rows(folder, name):
+            plot(folder, name)
+    if rows(folder, "kernels"):
+        plot_rates(folder)
+    if rows(folder, "memory"):
+        report_memory.plot(folder)
+    return 0

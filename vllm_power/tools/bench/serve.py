@@ -1,0 +1,118 @@
+"""``vllm-power bench serve``: the whole engine, the pattern against vLLM's FlashAttention in one run.
+
+Each backend runs in a process of its own, with the same random weights of a 7B shape and the same random prompts:
+time to first token by prompt length, and the time of a decode step by context and batch.
+"""
+
+import statistics
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from vllm_power.tools.bench.engine import CHUNK, QWEN2_7B, add_requests, answer, engine, run_apart
+from vllm_power.tools.common import results
+
+COMPARED = ("power", "dense")
+# Above 512 tokens vLLM replays no CUDA graph: 640 and 768 show what the launches cost the host.
+PROMPTS = (512, 640, 768, 1_024, 1_536, 2_048, 4_096, 8_192, 16_384, 131_072)
+DECODES = ((1, 512), (1, 2_048), (1, 8_192), (32, 1_024), (64, 8_192), (1, 131_072), (8, 131_072))
+NEW_TOKENS = 48
+# A prompt of some 20 ms varies by a few per cent: short ones are measured for so long, but not more often than that.
+SHORT_MS, MOST_REPEATS = 1_500, 40
+
+
+def run_backend(
+    impl: str, prompts: list[int], decodes: list[tuple[int, int]], repeats: int
+) -> Iterator[dict[str, Any]]:
+    """Measure one backend in this process; yields a row a measurement."""
+    max_model_len = max([*prompts, *(context for _, context in decodes)]) + 256
+    settings = {"max_model_len": max_model_len, "max_num_batched_tokens": CHUNK, "max_num_seqs": 256}
+    with engine(impl, QWEN2_7B, **settings) as llm:
+        vllm = llm.llm_engine
+        # What the first request takes beyond the others is compilation that warm-up left.
+        first = 1e3 * _steps(vllm, 1, 512, 1)[0][0]
+        yield {"bench": "first_request", "impl": impl, "context": 512, "batch": 1, "n": 1, **_ms([first])}
+        for prompt in prompts:
+            times: list[float] = []
+            while len(times) < (repeats if prompt <= 32_768 else 3) or (
+                sum(times) < SHORT_MS and len(times) < MOST_REPEATS
+            ):
+                # Only the last chunk of a prompt brings an output.
+                times.append(1e3 * _steps(vllm, 1, prompt, 1)[0][0])
+            yield {
+                "bench": "ttft",
+                "impl": impl,
+                "context": prompt,
+                "batch": 1,
+                "n": len(times),
+                **_ms(times),
+            }
+        for batch, context in decodes:
+            # The first request must still be decoding when the last one's prompt is through.
+            steps = _steps(vllm, batch, context, NEW_TOKENS + batch * -(-context // CHUNK))
+            times = [1e3 * seconds for seconds, outputs in steps if outputs == batch][2:]
+            yield {
+                "bench": "decode_step",
+                "impl": impl,
+                "context": context,
+                "batch": batch,
+                "n": len(times),
+                **_ms(times),
+            }
+
+
+def _ms(times: list[float]) -> dict[str, float]:
+    return {"median_ms": statistics.median(times), "min_ms": min(times), "max_ms": max(times)}
+
+
+def _steps(vllm: Any, batch: int, prompt: int, new_tokens: int) -> list[tuple[float, int]]:
+    """Serve ``batch`` random prompts; of each step with outputs: seconds since the last one, and how many."""
+    add_requests(vllm, batch, prompt, new_tokens)
+    last, intervals = time.perf_counter(), []
+    while vllm.has_unfinished_requests():
+        if outputs := vllm.step():
+            now = time.perf_counter()
+            intervals.append((now - last, len(outputs)))
+            last = now
+    return intervals
+
+
+def main(repeats: int = 5, folder: Path = results.FOLDER) -> int:
+    """Measure every backend, append the rows to ``folder``/serve.jsonl as they come, and print the table.
+
+    Returns 0, or the status of the process that failed.
+    """
+    rows = []
+    here = results.machine()
+    for impl in COMPARED:
+        try:
+            for row in run_apart(__name__, impl, PROMPTS, DECODES, repeats):
+                rows.append({**row, "page": None, "dtype": "bfloat16"})
+                results.append("serve", rows[-1:], folder, here)
+        except subprocess.CalledProcessError as failure:
+            return failure.returncode
+    _print_table(rows)
+    return 0
+
+
+def _print_table(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="vLLM end to end, Qwen2-7B shape, random weights")
+    for column in ("what", "batch", "context", "dense ms", "power ms", "ratio"):
+        table.add_column(column, justify="right")
+    times = {(row["bench"], row["batch"], row["context"], row["impl"]): row["median_ms"] for row in rows}
+    for bench, batch, context, impl in times:
+        if impl == "power" and (dense := times.get((bench, batch, context, "dense"))):
+            power = times[bench, batch, context, impl]
+            table.add_row(
+                bench, str(batch), f"{context:,}", f"{dense:.2f}", f"{power:.2f}", f"{dense / power:.2f}x"
+            )
+    Console(width=110).print(table)
+
+
+if __name__ == "__main__":
+    answer(run_backend)

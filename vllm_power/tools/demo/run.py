@@ -1,0 +1,140 @@
+"""What `vllm-power demo` does: serve a model with the backend, ask it things over the OpenAI API, stop."""
+
+import json
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+from rich.console import Console
+
+from vllm_power.pattern import POWER
+from vllm_power.tools.common.progress import Progress
+from vllm_power.tools.common.vllm_server import Server, ServerFailed, last_lines, serve
+from vllm_power.tools.demo import passkeys
+from vllm_power.tools.demo.requests import Answer, answers
+
+PASSKEY_TOKENS = 32_768
+LONG_TOKENS = 8_192  # of the long prompt for a model of the user's
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+def run(model: str | None, backend: str, tokens: int | None) -> int:
+    """Run the demonstration and return the exit status: 0, 1 after a failure, 130 after Ctrl-C."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that the server is stopped then too
+    try:
+        if model is None:
+            find_passkeys(backend, tokens or PASSKEY_TOKENS)
+        else:
+            ask_two_things(model, backend, tokens or LONG_TOKENS)
+    except ServerFailed as failure:
+        console.print(f"Failed: {failure}. The end of {failure.log}:", style="red", markup=False)
+        for line in last_lines(failure.log, 25):
+            console.print("  " + line, markup=False, style="dim")
+        return 1
+    except KeyboardInterrupt:
+        console.print("Interrupted; the server is stopped.")
+        return 130
+    console.print("The server is stopped.")
+    return 0
+
+
+def find_passkeys(backend: str, tokens: int) -> None:
+    """Ask the shipped model for passkeys, under its own pattern and under a sliding window.
+
+    Raises ServerFailed, which names the server's log.
+    """
+    hidden = passkeys.hide(tokens)
+    console.print(
+        f"[bold]Model[/bold]   {passkeys.MODEL.name}: a small Llama that was trained under the power pattern to find a "
+        "five-digit number in a long text"
+    )
+    on_power = backend.lower() == "power"
+    for pattern in (None, "sliding_window") if on_power else (None,):
+        if pattern:
+            console.print(f"The same model and prompts under another pattern, {pattern}:\n")
+        with started(str(passkeys.MODEL), backend, tokens, pattern) as server:
+            right = 0
+            for key, answer in passkeys.answers(server, str(passkeys.MODEL), hidden):
+                report(answer)
+                back = passkeys.found(key, answer.text)
+                console.print("  [green]found[/green]" if back else f"  [red]not found[/red]: {key.digits}")
+                right += back
+            console.print(f"\n[bold]{right} of {len(hidden)} passkeys came back.[/bold]\n")
+            if on_power and not pattern:
+                report_reading(tokens)
+
+
+def ask_two_things(model: str, backend: str, tokens: int) -> None:
+    """Serve a model of the user's, and send it a chat and a long prompt. Raises ServerFailed."""
+    with started(model, backend, 2 * tokens) as server:
+        for answer in answers(server, model, tokens):
+            report(answer)
+        if backend.lower() == "power":
+            report_reading(answer.prompt_tokens)
+
+
+@contextmanager
+def started(model: str, backend: str, max_model_len: int, pattern: str | None = None) -> Iterator[Server]:
+    """A server on this machine, its start shown; ``pattern`` is served in place of the checkpoint's."""
+    arguments = ["--attention-backend", backend, "--max-model-len", str(max_model_len)]
+    env = {"VLLM_NO_USAGE_STATS": "1"}
+    if pattern:
+        override = {"power": {"pattern": pattern, "override_checkpoint": True}}
+        arguments += ["--additional-config", json.dumps(override)]
+    if Path(model) == passkeys.MODEL:
+        env["HF_HUB_OFFLINE"] = "1"
+    if "cpu" in version("vllm"):
+        arguments.append("--enforce-eager")  # compiling takes longer than the demonstration
+        env["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB
+    else:
+        arguments += ["--gpu-memory-utilization", "0.5"]
+    console.print(f"[bold]Server[/bold]  vllm serve {model} {shlex.join(arguments)}")
+    start = time.monotonic()
+    with Progress(console) as progress, serve(model, *arguments, env=env, on_wait=progress) as server:
+        progress.stop()
+        console.print(f"        ready after {time.monotonic() - start:.0f} s, its log is {server.log}")
+        for line in backend_lines(server.log):
+            console.print(f"        {line}", markup=False)
+        yield server
+
+
+def backend_lines(log: Path) -> list[str]:
+    """Return what the backend says of itself in the server's log."""
+    marker = "PowerAttention: "
+    return [
+        marker + line.split(marker)[1]
+        for line in log.read_text(errors="replace").splitlines()
+        if marker in line
+    ]
+
+
+def report(answer: Answer) -> None:
+    """Print one answer and the time it took."""
+    console.print(
+        f"\n[bold]{answer.title}[/bold]  {answer.prompt_tokens:,} tokens, "
+        f"answered with {answer.answer_tokens} in {answer.seconds:.2f} s"
+    )
+    console.print(f"  > {shorten(answer.prompt)}", markup=False)
+    console.print(f"  < {shorten(answer.text)}", markup=False)
+
+
+def report_reading(num_tokens: int) -> None:
+    """Print what share of the causal block pairs the pattern reads at this length."""
+    blocks = POWER.num_blocks(num_tokens)
+    console.print(
+        f"\n[bold]Block pairs read[/bold]  {POWER.density(num_tokens):.1%} of those that dense attention reads: "
+        f"{POWER.visible_pairs(num_tokens)} of {blocks * (blocks + 1) // 2} "
+        f"({blocks} blocks of {POWER.block_size} tokens)\n"
+    )
+
+
+def shorten(text: str, length: int = 150) -> str:
+    """Return the text on one line, its middle left out where it is long."""
+    text = " ".join(text.split())
+    return text if len(text) <= length else f"{text[: length // 2]} ... {text[-length // 2 :]}"

@@ -1,0 +1,59 @@
+"""Finished items in a file, one JSON object a line: a run that was ended goes on where it stopped."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from vllm_power.tools.evals.endpoint import Model
+from vllm_power.tools.evals.items import Item, Result
+
+
+class Store:
+    """The results in ``folder``/items.jsonl, and in models.json what the targets served.
+
+    One process at a time may write there.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / "items.jsonl"
+        self.models_path = folder / "models.json"
+        self.rows: dict[str, dict[str, Any]] = {}
+        if self.path.exists():
+            whole = self._drop_torn_line(self.path.read_bytes())
+            self.rows = {row["digest"]: row for row in map(json.loads, whole.decode().splitlines())}
+
+    def _drop_torn_line(self, data: bytes) -> bytes:
+        """A run that was killed while it wrote leaves half a line at the end: that item is asked again."""
+        whole = data[: data.rfind(b"\n") + 1]
+        if whole != data:
+            self.path.write_bytes(whole)
+        return whole
+
+    def __contains__(self, item: Item) -> bool:
+        return item.digest in self.rows
+
+    def result(self, item: Item) -> Result | None:
+        """The item's result, None where it is not finished."""
+        row = self.rows.get(item.digest)
+        return row["result"] if row else None
+
+    def append(self, item: Item, result: Result) -> None:
+        """Keep a finished item."""
+        row = {"digest": item.digest, "key": item.key, "result": result}
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        self.rows[item.digest] = row
+
+    def model(self, target: str) -> Model | None:
+        """What a target served when it was asked before, None where it was not."""
+        known = self._models().get(target)
+        return Model(**known) if known else None
+
+    def keep_model(self, target: str, model: Model) -> None:
+        """Keep what a target serves."""
+        self.models_path.write_text(json.dumps(self._models() | {target: asdict(model)}, indent=1) + "\n")
+
+    def _models(self) -> dict[str, dict[str, Any]]:
+        return json.loads(self.models_path.read_text()) if self.models_path.exists() else {}

@@ -1,0 +1,70 @@
+"""Where the models under test answer: at an address, or in a server that is started for the evaluation."""
+
+import json
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from rich.console import Console
+
+from vllm_power.tools.common.progress import Progress
+from vllm_power.tools.common.vllm_server import serve
+from vllm_power.tools.evals.settings import EvalError
+
+
+@dataclass(frozen=True)
+class Target:
+    """One model: ``url`` of an endpoint, or ``serve``, a model for `vllm serve` with these arguments."""
+
+    url: str | None = None
+    serve: str | None = None
+    arguments: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if (self.url is None) == (self.serve is None):
+            raise EvalError("give --url of a running endpoint, or --serve MODEL to start one")
+        if self.url and self.arguments:
+            raise EvalError(f"{shlex.join(self.arguments)}: arguments for vLLM need --serve MODEL")
+
+    @property
+    def description(self) -> str:
+        """What results belong to: the address, or the command that starts the server."""
+        return self.url or shlex.join(["vllm", "serve", str(self.serve), *self.arguments])
+
+    @contextmanager
+    def running(self, console: Console) -> Iterator[str]:
+        """The base URL of the OpenAI API, with a server behind it for the length of the block.
+
+        Raises demo.server.ServerFailed where the server does not start.
+        """
+        if self.url:
+            yield self.url
+            return
+        assert self.serve
+        console.print(f"[bold]Server[/bold]  {self.description}", soft_wrap=True)
+        env = {"VLLM_NO_USAGE_STATS": "1"}
+        with (
+            Progress(console) as progress,
+            serve(self.serve, *self.arguments, env=env, on_wait=progress) as server,
+        ):
+            progress.stop()
+            console.print(f"        ready, its log is {server.log}", soft_wrap=True)
+            yield server.base_url
+
+
+def server_arguments(
+    backend: str | None, additional_config: str | None, others: list[str]
+) -> tuple[str, ...]:
+    """The arguments of `vllm serve`. Raises EvalError where additional_config is no JSON object."""
+    arguments = ["--attention-backend", backend] if backend else []
+    if additional_config:
+        try:
+            if not isinstance(json.loads(additional_config), dict):
+                raise ValueError("not an object")
+        except ValueError as error:
+            raise EvalError(
+                f"--additional-config is no JSON object ({error}): {additional_config}"
+            ) from error
+        arguments += ["--additional-config", additional_config]
+    return (*arguments, *others)

@@ -1,0 +1,1 @@
+"""The passkey experiment: small models trained from scratch under each pattern."""

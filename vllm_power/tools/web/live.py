@@ -1,0 +1,91 @@
+"""What the routes tell about a running engine: its configuration, and the figures that it shares (``figures``)."""
+
+from typing import TYPE_CHECKING, Any
+
+from prometheus_client import Metric
+
+from vllm_power import options
+from vllm_power.metrics import board, names, reader
+from vllm_power.metrics.names import Figure
+from vllm_power.tools.web.drawing import describe
+from vllm_power.tools.web.routes import Unavailable
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+class Engine:
+    """The engine, or engines, behind this API process (``routes.EngineView``)."""
+
+    def __init__(self, vllm_config: "VllmConfig") -> None:
+        self.vllm_config = vllm_config
+        self.heard: dict[str, Any] | None = None  # from an engine; all engines of a server are alike
+
+    def info(self) -> dict[str, Any]:
+        """Fields that only the engine knows are null where it can't be heard; ``note`` says why."""
+        asked = options.of_config(self.vllm_config)
+        model = self.vllm_config.model_config
+        pattern = describe(asked.effective_pattern)
+        given = asked.model_dump()
+        heard = self.heard = self.heard or next(iter(board.notes("engine-").values()), None)
+        layers = heard and heard["layers"]
+        return {
+            "model": str(model.served_model_name),
+            "pattern": pattern,
+            "options": given | {name: pattern[name] for name in given if name in pattern},
+            "executor": heard and heard["executor"],
+            "layers": layers and {**layers, "total": sum(map(len, layers.values()))},
+            "page_size": heard and heard["page_size"],
+            "max_model_len": heard["max_model_len"] if heard else model.max_model_len,
+            "reclamation": heard and heard["reclamation"],
+            "note": None if heard else NO_ENGINE_HEARD,
+        }
+
+    def live(self) -> dict[str, Any]:
+        """The figures of all engines together. Raises routes.Unavailable where none can be heard or one counts no more.
+
+        Counters run from the engine's start. Blocks: see ``figures.names``.
+        """
+        try:
+            metrics = {metric.name: metric for metric in reader.metrics()}
+        except OSError as error:
+            raise Unavailable(f"the engine's figures can not be read: {error}") from None
+        counting = metrics.get(names.COUNTING.name)
+        if counting is None or not counting.samples:
+            raise Unavailable(NO_ENGINE_HEARD)
+        if not all(sample.value for sample in counting.samples):
+            raise Unavailable("an engine has stopped counting after an error, which its log shows")
+        parallel = self.vllm_config.parallel_config
+        executions = _by(metrics, names.LAYER_EXECUTIONS, "attention")
+        return {
+            "engines": {"heard": len(counting.samples), "of": parallel.data_parallel_size},
+            "tokens": _sum(metrics, names.TOKENS),
+            "blocks_read": _sum(metrics, names.BLOCKS_READ),
+            "blocks_skipped": _sum(metrics, names.BLOCKS_SKIPPED),
+            "sequences_running": _sum(metrics, names.SEQUENCES_RUNNING),
+            "kv_blocks_live": _sum(metrics, names.KV_BLOCKS_LIVE),
+            "kv_blocks_capacity": _sum(metrics, names.KV_BLOCKS_CAPACITY),
+            "kv_blocks_reclaimed": _sum(metrics, names.KV_BLOCKS_RECLAIMED),
+            "executions": executions or None,
+            "refusals": _by(metrics, names.REFUSALS, "reason"),
+        }
+
+
+NO_ENGINE_HEARD = "no engine shares its figures with this process: it is on another host, or its log says why"
+
+
+def _samples(metrics: dict[str, Metric], figure: Figure) -> list[Any]:
+    metric = metrics.get(figure.name.removesuffix("_total") if figure.kind == "counter" else figure.name)
+    return metric.samples if metric else []
+
+
+def _sum(metrics: dict[str, Metric], figure: Figure) -> int:
+    return int(sum(sample.value for sample in _samples(metrics, figure)))
+
+
+def _by(metrics: dict[str, Metric], figure: Figure, label: str) -> dict[str, int]:
+    """The figure's values by ``label``, added up over engines."""
+    found: dict[str, int] = {}
+    for sample in _samples(metrics, figure):
+        found[sample.labels[label]] = found.get(sample.labels[label], 0) + int(sample.value)
+    return found

@@ -1,0 +1,86 @@
+"""What the planner is asked: a model's shape, a workload, GPUs and a pattern, validated."""
+
+from collections.abc import Mapping
+from typing import Any, Literal, Self
+
+from pydantic import Field, ValidationError, model_validator
+
+from vllm_power.pattern import Pattern
+from vllm_power.tools.web import gpus, shapes
+from vllm_power.tools.web.drawing import MAX_TOKENS, Drawing
+from vllm_power.tools.web.shapes import Shape
+
+
+class Question(Shape):
+    """A model, a workload and a GPU. Any field of the shape beats the one of the preset ``model``.
+
+    context: tokens of a prompt. output: tokens of its answer. concurrency: requests at a time. weight_bytes, kv_bytes:
+    of one number. gpus: how many share the model (tensor parallelism). chunk: most tokens of a step
+    (``--max-num-batched-tokens``). The pattern's fields are those of the options; left out, the paper's values.
+    """
+
+    model: str | None = None
+    context: int = Field(131_072, ge=1, le=MAX_TOKENS // 2)
+    output: int = Field(1_024, ge=1, le=MAX_TOKENS // 2)
+    concurrency: int = Field(8, ge=1, le=65_536)
+    weight_bytes: float = Field(2, gt=0, le=4)
+    kv_bytes: float = Field(2, gt=0, le=4)
+    gpu: str = "H200 SXM"
+    gpus: int = Field(1, ge=1, le=1024)
+    chunk: int = Field(8_192, ge=1, le=1 << 20)
+    pattern: Literal["power", "sliding_window", "stride_slash", "dilated", "longnet", "full"] = "power"
+    block_size: int | None = None
+    sink_blocks: int | None = None
+    window_blocks: int | None = None
+    stride: int | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_preset(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        known = shapes.known()
+        if values.get("model") is None:
+            missing = [
+                name
+                for name, field in Shape.model_fields.items()
+                if field.is_required() and name not in values
+            ]
+            if missing:
+                raise ValueError(f"name a model ({', '.join(known)}) or give its {', '.join(missing)}")
+            return values
+        if values["model"] not in known:
+            raise ValueError(f"unknown model {values['model']!r}: one of {', '.join(known)}")
+        return {**known[values["model"]].model_dump(), **values}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.gpu not in gpus.known():
+            raise ValueError(f"unknown GPU {self.gpu!r}: one of {', '.join(gpus.known())}")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"kv_heads ({self.kv_heads}) must divide heads ({self.heads})")
+        if self.experts_per_token > self.experts:
+            raise ValueError(f"a token cannot use {self.experts_per_token} of {self.experts} experts")
+        if self.pattern_layers < 0:
+            raise ValueError(
+                f"{self.dense_layers} dense layers and {self.window_layers} with a window are more than the "
+                f"{self.layers} layers of the model"
+            )
+        _ = self.effective_pattern
+        return self
+
+    @property
+    def effective_pattern(self) -> Pattern:
+        """The pattern asked for. Raises ValueError where a number is out of range or it would take too long."""
+        names = ("block_size", "sink_blocks", "window_blocks", "stride")
+        fields = {name: value for name in names if (value := getattr(self, name)) is not None}
+        try:
+            return Drawing(name=self.pattern, tokens=self.context + self.output, **fields).pattern
+        except ValidationError as error:
+            problems = [problem["msg"].removeprefix("Value error, ") for problem in error.errors()]
+            raise ValueError("; ".join(problems)) from None
+
+    @property
+    def pattern_layers(self) -> int:
+        """Layers that run the pattern."""
+        return self.layers - self.dense_layers - self.window_layers
