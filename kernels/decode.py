@@ -13,7 +13,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from vllm_power.kernels import tuning
-from vllm_power.kernels.arguments import check_tensors, kernel_arguments
+from vllm_power.kernels.kv_layout import check_tensors, kernel_arguments
 from vllm_power.kernels.merge import merge
 from vllm_power.kernels.plan import Plan
 from vllm_power.kernels.primitives import LOG2_E, attend, first_softmax, load_pages, packed_rows, row_pointers

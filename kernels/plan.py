@@ -8,14 +8,15 @@ layer and every kernel that knows causal, paged, variable-length attention. Keys
 so leaving some out changes nothing else.
 
 Leading query blocks that see everything before them (``Pattern.dense_blocks``; 1,536 tokens by default) need no cut:
-with ``merge_dense`` they form one segment.
+with ``merge_dense`` they form one segment. Rows that see everything (``pattern.RowRule``) form a segment of their own,
+over all pages up to its last row.
 """
 
 from dataclasses import dataclass
 
 import torch
 
-from vllm_power.pattern import Pattern
+from vllm_power.pattern import ENDLESS, PATTERN_ROWS, Pattern, RowRule
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Plan:
     query_start_loc: [S + 1], where each segment's queries begin in the step's tokens.
     key_lens: [S], keys of each segment, counted over its visible pages; its last query sees all of them.
     page_table: [S, C], the visible pages in order of position. Entries past ``key_lens`` are 0 and never read.
-    num_used: [1], in a plan with room for more: how many segments the step has; they come first. None: all.
+    num_used: [1], number of valid leading segments if the plan is padded to a fixed capacity; None if all are valid.
     """
 
     query_start_loc: torch.Tensor
@@ -69,6 +70,8 @@ def build_plan(
     visible: VisibleBlocks,
     page_size: int,
     merge_dense: bool = False,
+    rule: RowRule = PATTERN_ROWS,
+    prompt_lens: torch.Tensor | None = None,
 ) -> Plan:
     """The plan of one step, in torch, on any device (on a GPU it waits for the number of segments).
 
@@ -76,42 +79,61 @@ def build_plan(
     seq_lens: int [R], tokens of each request, the new ones included.
     page_table: int [R, P], the page of each ``page_size`` positions of a request.
     merge_dense: leave the leading blocks that see everything before them in one segment.
+    rule: which rows see everything. prompt_lens: int [R], needed if the rule has dense rows.
 
-    Raises ValueError where ``page_size`` does not divide the pattern's block.
+    Raises ValueError if ``page_size`` does not divide the pattern's block.
     """
     block_size = visible.pattern.block_size
     if block_size % page_size:
         raise ValueError(f"a page of {page_size} tokens does not divide a block of {block_size}")
     num_queries = query_start_loc.diff()
     first_position = seq_lens - num_queries
-    first_block = first_position // block_size
-    last_block = (seq_lens - 1) // block_size
+    # [N]: the request, first and last position of each section: the rows of one request under one rule.
+    request = torch.arange(seq_lens.shape[0], device=seq_lens.device)
+    start, end = first_position, seq_lens
+    is_dense = torch.zeros_like(request, dtype=torch.bool)
+    if rule.has_dense_rows:
+        assert prompt_lens is not None
+        dense_start = torch.clamp(prompt_lens - rule.dense_tail, min=0).maximum(start).minimum(end)
+        dense_end = (torch.full_like(end, ENDLESS) if rule.dense_decode else prompt_lens).maximum(dense_start)
+        dense_end = dense_end.minimum(end)
+        edges = torch.stack([start, dense_start, dense_end, end], 1)
+        start, end = edges[:, :-1].flatten(), edges[:, 1:].flatten()
+        request = request.repeat_interleave(3)
+        is_dense = torch.arange(request.shape[0], device=request.device) % 3 == 1
+    first_block = start // block_size
+    last_block = (end - 1) // block_size
     if merge_dense:
         first_block = first_block.maximum(last_block.clamp(max=visible.pattern.dense_blocks - 1))
-    segments_of = (last_block - first_block + 1) * (num_queries > 0)
+    segments_of = torch.where(is_dense, 1, last_block - first_block + 1) * (end > start)
 
-    # [S]: the request of each segment, and its number within the request
-    request = torch.repeat_interleave(segments_of)
+    # [S]: the section of each segment, and its number within the section
+    section = torch.repeat_interleave(segments_of)
     number = (
-        torch.arange(request.shape[0], device=request.device) - (segments_of.cumsum(0) - segments_of)[request]
+        torch.arange(section.shape[0], device=section.device) - (segments_of.cumsum(0) - segments_of)[section]
     )
-    block = first_block[request] + number
+    request, is_dense = request[section], is_dense[section]
+    block = first_block[section] + number
     block_start = block * block_size
-    first_new = first_position[request]
-    start = torch.where(number == 0, first_new, block_start)
-    end = torch.minimum(seq_lens[request], block_start + block_size)
-    key_lens = (visible.counts[block] - 1) * block_size + end - block_start
+    start = torch.where(number == 0, start[section], block_start)
+    end = torch.where(is_dense, end[section], torch.minimum(end[section], block_start + block_size))
+    key_lens = torch.where(is_dense, end, (visible.counts[block] - 1) * block_size + end - block_start)
 
     # [S, V, pages of a block]: where in the request's table each visible page stands
     pages_per_block = block_size // page_size
-    columns = (visible.blocks[block] * pages_per_block).unsqueeze(-1) + torch.arange(
-        pages_per_block, device=block.device
-    )
-    columns = columns.flatten(1).clamp_(max=page_table.shape[1] - 1)
+    columns = (visible.blocks[block] * pages_per_block).unsqueeze(-1)
+    columns = (columns + torch.arange(pages_per_block, device=block.device)).flatten(1)
+    if is_dense.any():
+        every = torch.arange(-(-int(key_lens.max()) // page_size), device=block.device)
+        columns = torch.nn.functional.pad(columns, (0, max(0, every.shape[0] - columns.shape[1])))
+        columns[:, : every.shape[0]] = torch.where(is_dense[:, None], every, columns[:, : every.shape[0]])
+    columns = columns.clamp_(max=page_table.shape[1] - 1)
     pages = page_table[request.unsqueeze(1), columns]
     used = torch.arange(pages.shape[1], device=pages.device) * page_size < key_lens.unsqueeze(1)
     return Plan(
-        query_start_loc=torch.cat([query_start_loc[request] + start - first_new, query_start_loc[-1:]]).int(),
+        query_start_loc=torch.cat(
+            [query_start_loc[request] + start - first_position[request], query_start_loc[-1:]]
+        ).int(),
         key_lens=key_lens.int(),
         page_table=(pages * used).int(),
     )

@@ -9,13 +9,36 @@ import triton
 import triton.language as tl
 
 from vllm_power.kernels.plan import Plan, VisibleBlocks
+from vllm_power.pattern import PATTERN_ROWS, RowRule
+
+
+@triton.jit
+def _num_blocks(start, end, BLOCK_SIZE: tl.constexpr):
+    """How many blocks the positions start to end - 1 lie in."""
+    return tl.where(end > start, (end - 1) // BLOCK_SIZE - start // BLOCK_SIZE + 1, 0)
+
+
+@triton.jit
+def _edges(
+    length, num_queries, prompt_lens, request, exists, DENSE_TAIL: tl.constexpr, DENSE_DECODE: tl.constexpr
+):
+    """The first new position of a request, and where its dense rows begin and end: both ``length`` if it has none."""
+    first = length - num_queries
+    dense_start = length
+    dense_end = length
+    if prompt_lens is not None:
+        prompt = tl.load(prompt_lens + request, mask=exists, other=0)
+        dense_start = tl.minimum(tl.maximum(tl.maximum(prompt - DENSE_TAIL, 0), first), length)
+        if not DENSE_DECODE:
+            dense_end = tl.minimum(tl.maximum(prompt, dense_start), length)
+    return first, dense_start, dense_end
 
 
 # Numbers that vary from step to step must not each bring a variant of the kernel.
 # Nor must their alignment: the requests that prefill begin anywhere in the step's tensors.
 @triton.jit(
     do_not_specialize=["num_requests", "num_segments", "page_table_stride"],
-    do_not_specialize_on_alignment=["query_start_loc", "seq_lens", "page_table"],
+    do_not_specialize_on_alignment=["query_start_loc", "seq_lens", "page_table", "prompt_lens"],
 )
 def _plan_kernel(
     query_start_loc,
@@ -23,6 +46,7 @@ def _plan_kernel(
     page_table,
     visible_blocks,
     visible_counts,
+    prompt_lens,
     segment_start_loc,
     key_lens,
     segment_pages,
@@ -32,6 +56,8 @@ def _plan_kernel(
     page_table_stride,
     visible_stride,
     width,
+    DENSE_TAIL: tl.constexpr,
+    DENSE_DECODE: tl.constexpr,
     REQUESTS_PAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
@@ -44,8 +70,11 @@ def _plan_kernel(
     starts = tl.load(query_start_loc + requests, mask=exists, other=0)
     num_queries = tl.load(query_start_loc + requests + 1, mask=exists, other=0) - starts
     lengths = tl.load(seq_lens + requests, mask=exists, other=0)
-    first_blocks = (lengths - num_queries) // BLOCK_SIZE
-    counts = tl.where(num_queries > 0, (lengths - 1) // BLOCK_SIZE - first_blocks + 1, 0)
+    first, dense_start, dense_end = _edges(
+        lengths, num_queries, prompt_lens, requests, exists, DENSE_TAIL, DENSE_DECODE
+    )
+    counts = _num_blocks(first, dense_start, BLOCK_SIZE) + _num_blocks(dense_end, lengths, BLOCK_SIZE)
+    counts = tl.where(num_queries > 0, counts + (dense_end > dense_start).to(tl.int32), 0)
     ends = tl.cumsum(counts, 0)
     total = tl.sum(counts, 0)
     num_tokens = tl.load(query_start_loc + num_requests)
@@ -56,12 +85,29 @@ def _plan_kernel(
     used = segment < total
     request_start = tl.load(query_start_loc + request)
     length = tl.load(seq_lens + request)
-    first_new = length - (tl.load(query_start_loc + request + 1) - request_start)
-    block = tl.where(used, first_new // BLOCK_SIZE + number, 0)
-    start = tl.where(number == 0, first_new, block * BLOCK_SIZE)
-    end = tl.minimum(length, (block + 1) * BLOCK_SIZE)
+    first_new, dense_start, dense_end = _edges(
+        length,
+        tl.load(query_start_loc + request + 1) - request_start,
+        prompt_lens,
+        request,
+        used,
+        DENSE_TAIL,
+        DENSE_DECODE,
+    )
+    # A request's segments: pattern rows before its dense rows, the dense rows, pattern rows after them.
+    before = _num_blocks(first_new, dense_start, BLOCK_SIZE)
+    is_dense = used & (number == before) & (dense_end > dense_start)
+    is_before = number < before
+    section_start = tl.where(is_before, first_new, dense_end)
+    section_end = tl.where(is_before, dense_start, length)
+    number -= tl.where(is_before, 0, before + (dense_end > dense_start).to(tl.int32))
+    block = tl.where(used & (is_dense == 0), section_start // BLOCK_SIZE + number, 0)
+    start = tl.maximum(section_start, block * BLOCK_SIZE)
+    end = tl.minimum(section_end, (block + 1) * BLOCK_SIZE)
     num_visible = tl.load(visible_counts + block)
     num_keys = tl.where(used, (num_visible - 1) * BLOCK_SIZE + end - block * BLOCK_SIZE, 0)
+    start = tl.where(is_dense, dense_start, start)
+    num_keys = tl.where(is_dense, dense_end, num_keys)
     if tl.program_id(1) == 0:
         tl.store(segment_start_loc + segment, tl.where(used, request_start + start - first_new, num_tokens))
         tl.store(key_lens + segment, num_keys)
@@ -75,9 +121,10 @@ def _plan_kernel(
     holds_keys = columns * PAGE_SIZE < num_keys
     blocks = tl.load(
         visible_blocks + block.to(tl.int64) * visible_stride + columns // PAGES_PER_BLOCK,
-        mask=holds_keys,
+        mask=holds_keys & (is_dense == 0),
         other=0,
     )
+    blocks = tl.where(is_dense, columns // PAGES_PER_BLOCK, blocks)
     page_row = page_table + request.to(tl.int64) * page_table_stride
     pages = tl.load(page_row + blocks * PAGES_PER_BLOCK + columns % PAGES_PER_BLOCK, mask=holds_keys, other=0)
     tl.store(segment_pages + segment.to(tl.int64) * width + columns, pages, mask=columns < width)
@@ -89,22 +136,30 @@ class PlanBuilder:
     visible: the pattern's tables on the device, for the longest sequence there can be.
     page_size: tokens of a page; divides the pattern's block.
     max_num_reqs, max_num_tokens: the most requests, and new tokens, of a step.
+    rule: which rows see everything. If it has any, a plan is as wide as the longest sequence and ``build`` needs prompt
+        lengths.
 
     Raises ValueError where ``page_size`` does not divide the pattern's block.
     """
 
     def __init__(
-        self, visible: VisibleBlocks, page_size: int, max_num_reqs: int, max_num_tokens: int
+        self,
+        visible: VisibleBlocks,
+        page_size: int,
+        max_num_reqs: int,
+        max_num_tokens: int,
+        rule: RowRule = PATTERN_ROWS,
     ) -> None:
         self.block_size = visible.pattern.block_size
         if self.block_size % page_size:
             raise ValueError(f"a page of {page_size} tokens does not divide a block of {self.block_size}")
         self.page_size = page_size
+        self.rule = rule
         self.visible_blocks = visible.blocks.int()
         self.visible_counts = visible.counts.int()
         device = visible.blocks.device
         most = self.max_segments(max_num_reqs, max_num_tokens, max_num_tokens)
-        width = visible.blocks.shape[1] * (self.block_size // page_size)
+        width = visible.blocks.shape[int(not rule.has_dense_rows)] * (self.block_size // page_size)
         self.segment_start_loc = torch.zeros(most + 1, dtype=torch.int32, device=device)
         self.key_lens = torch.zeros(most, dtype=torch.int32, device=device)
         self.segment_pages = torch.zeros(most, width, dtype=torch.int32, device=device)
@@ -112,8 +167,9 @@ class PlanBuilder:
 
     def max_segments(self, num_reqs: int, num_tokens: int, max_query_len: int) -> int:
         """The most segments that a step of these shapes can have; ``max_query_len`` new tokens a request at most."""
-        per_request = 1 + triton.cdiv(max_query_len - 1, self.block_size)
-        return min(num_tokens, num_reqs * per_request, 2 * num_reqs + num_tokens // self.block_size)
+        cuts = 2 if self.rule.has_dense_rows else 0  # before and after the dense rows
+        per_request = 1 + triton.cdiv(max_query_len - 1, self.block_size) + cuts
+        return min(num_tokens, num_reqs * per_request, (2 + cuts) * num_reqs + num_tokens // self.block_size)
 
     @property
     def num_bytes(self) -> int:
@@ -124,6 +180,7 @@ class PlanBuilder:
             self.segment_start_loc,
             self.key_lens,
             self.segment_pages,
+            self.num_used,
         )
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
@@ -134,12 +191,14 @@ class PlanBuilder:
         page_table: torch.Tensor,
         num_tokens: int,
         max_query_len: int,
+        prompt_lens: torch.Tensor | None = None,
     ) -> Plan:
         """The plan of one step, padded to ``max_segments``; no host waits, all lengths stay on the device.
 
         query_start_loc: int32 [R + 1]. seq_lens: int32 [R], new tokens included. page_table: int32 [R, P], columns past
         a request's pages may hold anything. A request without new tokens (padding) may have any length.
         num_tokens, max_query_len: bounds known to the host, of the step's tokens and of a request's.
+        prompt_lens: int32 [R], each request's prompt tokens; None if the rule has no dense rows.
 
         Unused segments begin and end at the number of real tokens, and have 0 keys and 0 for pages.
         """
@@ -157,6 +216,7 @@ class PlanBuilder:
             page_table=page_table,
             visible_blocks=self.visible_blocks,
             visible_counts=self.visible_counts,
+            prompt_lens=prompt_lens,
             segment_start_loc=self.segment_start_loc,
             key_lens=self.key_lens,
             segment_pages=self.segment_pages,
@@ -166,6 +226,8 @@ class PlanBuilder:
             page_table_stride=page_table.stride(0),
             visible_stride=self.visible_blocks.stride(0),
             width=width,
+            DENSE_TAIL=self.rule.dense_tail,
+            DENSE_DECODE=self.rule.dense_decode,
             REQUESTS_PAD=triton.next_power_of_2(num_reqs),
             BLOCK_SIZE=self.block_size,
             PAGE_SIZE=self.page_size,

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from vllm_power.kernels import prefill_hopper, tuning
-from vllm_power.kernels.arguments import check_tensors, kernel_arguments
+from vllm_power.kernels.kv_layout import check_tensors, kernel_arguments
 from vllm_power.kernels.plan import Plan
 from vllm_power.kernels.primitives import LOG2_E, attend, first_softmax, load_pages, packed_rows, row_pointers
 

@@ -5,16 +5,26 @@ Slow and simple; no kernel imports it.
 
 import torch
 
-from vllm_power.pattern import Pattern
+from vllm_power.pattern import PATTERN_ROWS, Pattern, RowRule
 
 
-def visibility_mask(pattern: Pattern, query_positions: torch.Tensor, num_keys: int) -> torch.Tensor:
-    """bool [Q, num_keys]: which key position each query position sees. query_positions: int [Q]."""
+def visibility_mask(
+    pattern: Pattern,
+    query_positions: torch.Tensor,
+    num_keys: int,
+    rule: RowRule = PATTERN_ROWS,
+    prompt_tokens: int = 0,
+) -> torch.Tensor:
+    """bool [Q, num_keys]: which key position each query position sees. query_positions: int [Q].
+
+    rule, prompt_tokens: which rows see everything, in a request of ``prompt_tokens`` prompt tokens.
+    """
     blocks = max(pattern.num_blocks(num_keys), int(query_positions.max()) // pattern.block_size + 1)
     pairs = torch.tensor([[pattern.sees(q, k) for k in range(blocks)] for q in range(blocks)])
-    keys = torch.arange(num_keys)
-    seen = pairs[query_positions.cpu()[:, None] // pattern.block_size, keys[None, :] // pattern.block_size]
-    return (seen & (keys[None, :] <= query_positions.cpu()[:, None])).to(query_positions.device)
+    positions, keys = query_positions.cpu(), torch.arange(num_keys)
+    seen = pairs[positions[:, None] // pattern.block_size, keys[None, :] // pattern.block_size]
+    dense = torch.tensor([rule.sees_everything(p, prompt_tokens) for p in positions.tolist()])
+    return ((seen | dense[:, None]) & (keys[None, :] <= positions[:, None])).to(query_positions.device)
 
 
 def attention(

@@ -4,8 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from vllm_power.dense_layers import canonical, indices
-from vllm_power.options import resolve
+from vllm_power.options import canonical, indices, resolve
 
 
 @pytest.mark.parametrize(
@@ -40,7 +39,7 @@ def test_an_index_outside_names_the_models_count(value):
         ("a", "neither a layer nor a range"),
         ("1-", "neither a layer nor a range"),
         ({"every": 7}, "dense_layers"),
-        ({"every": 2, "keep": 3}, "can not keep 3 of every 2"),
+        ({"every": 2, "keep": 3}, "cannot keep 3 of every 2"),
         (7, "dense_layers"),
         ([0.5], "dense_layers"),
     ],
@@ -71,7 +70,7 @@ def test_two_names_of_the_same_layers_are_no_contradiction():
 )
 def test_which_layers_stay_dense(layer, runner, dense, drafting):
     """Layers that draft are dense unless vLLM was told to draft with this backend."""
-    from vllm_power.hybrid import drafts, stays_dense
+    from vllm_power.layers import drafts, stays_dense
 
     model = SimpleNamespace(
         runner_type=runner, get_total_num_hidden_layers=lambda: 4, hf_config=None, hf_text_config=None

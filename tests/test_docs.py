@@ -122,9 +122,7 @@ def messages(module: str) -> Iterator[list[str]]:
             yield fixed_words(call.args[0])
 
 
-@pytest.mark.parametrize(
-    "module", ["plugin", "options", "dense_layers", "pattern", "refusals", "kv_cache", "impl"]
-)
+@pytest.mark.parametrize("module", ["plugin", "options", "pattern", "refusals", "kv_cache", "gpu_backend"])
 def test_every_error_of_the_engines_path_is_in_the_docs(module):
     """By the longest fixed piece of its first sentence."""
     page = " ".join((ROOT / "docs" / "errors.md").read_text().split())

@@ -13,11 +13,11 @@ from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadat
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from vllm_power import buffers, executors
-from vllm_power.backend import PowerBackend
-from vllm_power.impl import PowerImpl
-from vllm_power.metadata import PowerMetadata, PowerMetadataBuilder
+from vllm_power.executors import PowerMetadata
+from vllm_power.gpu_backend import PowerBackend, PowerImpl, PowerMetadataBuilder
+from vllm_power.options import NAME
 from vllm_power.pattern import preset
-from vllm_power.plugin import NAME, register
+from vllm_power.plugin import register
 from vllm_power.warmup import warm_up
 
 register()
@@ -51,7 +51,11 @@ def config(tmp_path_factory):
         max_num_batched_tokens=2048,
         block_size=32 if DEVICE.type == "cpu" else PAGE_SIZE,
         additional_config={
-            "power": {"block_size": PATTERN.block_size, "window_blocks": PATTERN.window_blocks}
+            "power": {
+                "mode": "trained",
+                "block_size": PATTERN.block_size,
+                "window_blocks": PATTERN.window_blocks,
+            }
         },
     ).create_engine_config()
 
@@ -159,7 +163,7 @@ def test_executors_agree_with_the_oracle(config, builder, name, dtype):
     step = make_step(PATTERN, requests, PAGE_SIZE, heads=4, kv_heads=2, head_size=64, dtype=dtype)
     metadata = metadata_of(builder, step)
     for part in metadata.parts:
-        part.attend = executors.load(name)
+        part.executor = name
     output = attend(config, step, metadata)
     close = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.01}
     torch.testing.assert_close(output.double(), step.oracle(PATTERN, 0.125), **close)
@@ -170,7 +174,7 @@ def test_a_models_attention_sinks_count(config, builder, name):
     step = make_step(PATTERN, [Request(300, 1), Request(200, 130)], PAGE_SIZE, 4, 2, 64)
     metadata = metadata_of(builder, step)
     for part in metadata.parts:
-        part.attend = executors.load(name)
+        part.executor = name
     sinks = torch.linspace(-1, 3, 4)
     output = attend(config, step, metadata, sinks=sinks.to(DEVICE))
     expected = step.oracle(PATTERN, 0.125, sinks=sinks)
@@ -182,34 +186,34 @@ def test_memory_that_is_profiled_goes_to_the_first_builder(config, monkeypatch):
     """A profiling run makes the buffers once for all layers; the builder of the reserving layer's group takes them."""
     with set_current_vllm_config(config):
         impls = [PowerImpl(4, 64, 0.125, 2, None, None, "auto") for _ in range(2)]
-    layers = {f"layers.{i}.attn": SimpleNamespace(impl=impl) for i, impl in enumerate(impls)}
-    for name, layer in layers.items():
-        monkeypatch.setitem(config.compilation_config.static_forward_context, name, layer)
+    monkeypatch.setattr(buffers, "_reserved", {})
     monkeypatch.setattr(config.cache_config, "block_size", PAGE_SIZE)
     output = torch.full((3, 4, 64), float("nan"), device=DEVICE)
     for impl in impls:
         impl.forward(SimpleNamespace(), output, output, output, None, None, output)
     assert not output.any()
-    reserved = impls[0].buffers
-    assert reserved is not None and impls[1].buffers is None
+    (reserved,) = buffers._reserved.values()
     shape = {"num_heads": 4, "num_kv_heads": 2, "head_size": 64, "device": DEVICE}
-    taken = buffers.take(config, list(layers), page_size=PAGE_SIZE, **shape)
-    assert taken is reserved and impls[0].buffers is None
-    another = buffers.take(config, list(layers), page_size=PAGE_SIZE, **shape)
+    taken = buffers.take(config, page_size=PAGE_SIZE, **shape)
+    assert taken is reserved
+    another = buffers.take(config, page_size=PAGE_SIZE, **shape)
     assert another is not reserved and another.num_bytes == reserved.num_bytes < 4 << 20
     for impl in impls:  # as vLLM does in its warm-up, with the KV cache in place
         impl.forward(SimpleNamespace(), output, output, output, None, None, output)
-    assert impls[0].buffers is None and impls[1].buffers is None
+    assert buffers._reserved == {id(config): None}
 
 
-def test_choice_of_executors():
-    assert executors.choose("flash_attn", (9, 0), False) == executors.Choice("flash_attn", "flash_attn")
-    assert executors.choose("auto", (8, 6), False) == executors.Choice("triton", "triton")
-    assert executors.choose("auto", None, False) == executors.Choice("triton", "triton")
-    measured = executors.choose("auto", (9, 0), False)
-    assert {measured.prefill, measured.decode} <= set(executors.GPU_EXECUTORS)
-    assert executors.choose("auto", (9, 0), True) == executors.Choice("triton", "triton")
-    assert str(executors.Choice("flash_attn", "triton")) == "flash_attn (decode: triton)"
+def test_choice_of_executors(monkeypatch):
+    half = (torch.bfloat16, 128)
+    monkeypatch.setattr(executors, "flash_attn_version", lambda: 3)
+    assert executors.choose("flash_attn", False, *half) == ("flash_attn", "flash_attn")
+    assert executors.choose("reference", False, *half) == ("reference", "reference")
+    assert executors.choose("auto", False, *half) == ("triton", "flash_attn")
+    for takes_ours in ((True, *half), (False, torch.float32, 128), (False, torch.bfloat16, 512)):
+        assert executors.choose("auto", *takes_ours) == ("triton", "triton")
+    for version in (None, 2, 4):
+        monkeypatch.setattr(executors, "flash_attn_version", lambda version=version: version)
+        assert executors.choose("auto", False, *half) == ("triton", "triton")
 
 
 def test_warm_up_runs_every_size_class(config, builder, monkeypatch):
@@ -222,11 +226,12 @@ def test_warm_up_runs_every_size_class(config, builder, monkeypatch):
     monkeypatch.setattr(builder, "layer_names", ["layer"])
     monkeypatch.setitem(config.compilation_config.static_forward_context, "layer", layer)
     seen = []
-    part = builder.part
-    monkeypatch.setattr(builder, "part", lambda *a: seen.append(a[3:]) or part(*a))
+    for kind in ("prefill_part", "decode_part"):
+        build = getattr(builder, kind)
+        monkeypatch.setattr(
+            builder, kind, lambda *a, kind=kind, build=build: seen.append((kind, a[3])) or build(*a)
+        )
     warm_up(builder)
-    assert [(tokens, is_decode) for tokens, _, is_decode in seen if not is_decode] == [
-        (tokens, False) for tokens in (2, 3, 4, 6, 8, 12, 16, 24, 32)
-    ]
-    assert [tokens for tokens, _, is_decode in seen if is_decode] == [1, 2, 3, 4, 6, 8]
+    assert [tokens for kind, tokens in seen if kind == "prefill_part"] == [2, 3, 4, 6, 8, 12, 16, 24, 32]
+    assert [tokens for kind, tokens in seen if kind == "decode_part"] == [1, 2, 3, 4, 6, 8]
     assert torch.equal(cache, before)

@@ -1,9 +1,14 @@
-"""The arrows between the packages, each tried in a fresh interpreter (CONTRIBUTING.md)."""
+"""The layers of the package (pyproject.toml), and what an import brings along, in a fresh interpreter."""
 
+import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def modules_after(statement: str) -> set[str]:
@@ -31,37 +36,43 @@ def test_a_package_does_not_import_what_is_above_it(statement, absent):
     assert not modules_after(statement) & absent
 
 
-def test_kernels_never_import_vllm():
-    code = (
-        "import pkgutil, importlib, vllm_power.kernels as k;"
-        "[importlib.import_module(m.name) for m in pkgutil.walk_packages(k.__path__, k.__name__ + '.')]"
+@pytest.fixture
+def layers(tmp_path):
+    """``layers()`` runs the contracts of pyproject.toml, as ``make lint`` does, over a copy of the package."""
+    shutil.copytree(
+        ROOT / "vllm_power", tmp_path / "vllm_power", ignore=shutil.ignore_patterns("__pycache__")
     )
-    assert "vllm" not in modules_after(code)
+    (tmp_path / "vllm_power" / "kernels" / "__init__.py").touch()
+    command = [
+        Path(sys.executable).with_name("lint-imports"),
+        "--config",
+        ROOT / "pyproject.toml",
+        "--no-cache",
+    ]
+    return lambda: subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
 
 
-def test_the_engines_path_imports_no_tool():
-    code = "import vllm_power.plugin as p; p.register(); import vllm_power.cpu_backend"
-    run = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            f"import sys; {code}; print(*sorted(m for m in sys.modules if m.startswith('vllm_power.')))",
-        ],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    loaded = set(run.stdout.splitlines()[-1].split())
-    assert "vllm_power.cpu_backend" in loaded
-    rooms = (
-        "vllm_power.tools.bench",
-        "vllm_power.tools.demo",
-        "vllm_power.tools.cli",
-        "vllm_power.tools.evals",
-        "vllm_power.tools.web",
-        "vllm_power.hf",
-    )
-    assert not {module for module in loaded if module.startswith(rooms)}
+def test_every_layer_imports_only_those_below_it(layers):
+    done = layers()
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(
+    "module, statement, contract",
+    [
+        ("pattern", "from vllm_power import options", "the engine's layers"),
+        ("kv_cache", "def late():\n    from vllm_power.tools import cli", "the engine's layers"),
+        ("cpu_backend", "from vllm_power import gpu_backend", "the engine's layers"),
+        ("kernels/plan", "import vllm", "do not need vLLM"),
+        ("options", "import torch", "neither torch nor vLLM"),
+    ],
+)
+def test_a_forbidden_import_fails(layers, tmp_path, module, statement, contract):
+    file = tmp_path / "vllm_power" / f"{module}.py"
+    file.write_text(f"{file.read_text()}\n\n{statement}\n")
+    done = layers()
+    assert done.returncode == 1
+    assert re.search(rf"{contract}.* BROKEN", done.stdout), done.stdout
 
 
 def test_no_top_level_package_called_kernels():

@@ -14,7 +14,7 @@ MAX_LEN = 1024
 
 def config_with(**fields):
     base = {
-        "additional_config": {"power": fields.pop("power", {})},
+        "additional_config": {"power": {"mode": "trained", **fields.pop("power", {})}},
         "kv_transfer_config": None,
         "scheduler_config": SimpleNamespace(disable_hybrid_kv_cache_manager=False),
         "model_config": SimpleNamespace(
@@ -35,8 +35,10 @@ def config_with(**fields):
         ({"kv_transfer_config": object()}, "KV connector"),
         ({"scheduler_config": SimpleNamespace(disable_hybrid_kv_cache_manager=True)}, "disable-hybrid"),
         ({"power": {"pattern": "full"}}, "full"),
+        ({"power": {"decode": "dense"}}, "generated tokens see every block"),
+        ({"power": {"mode": "training_free"}}, "generated tokens see every block"),
     ],
-    ids=["on", "option", "connector", "hybrid_off", "full"],
+    ids=["on", "option", "connector", "hybrid_off", "full", "decode", "training_free"],
 )
 def test_where_it_can_not_apply_the_spec_stays_and_says_why(fields, reason):
     config = config_with(**fields)

@@ -10,7 +10,8 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.selector import AttentionSelectorConfig
 
-from vllm_power.plugin import BACKEND, NAME, check_version, register
+from vllm_power.options import NAME
+from vllm_power.plugin import BACKEND, check_version, register
 
 register()
 
@@ -118,7 +119,7 @@ def test_the_platform_is_adopted_when_vllm_is_told_its_target():
 
 
 def test_selection_by_kind_counts():
-    from vllm_power.platform import is_selected
+    from vllm_power.layers import is_selected
 
     def config(backend, kinds):
         return SimpleNamespace(attention_config=SimpleNamespace(backend=backend, backend_per_kind=kinds))

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import pytest
 
 from vllm_power import refusals
-from vllm_power.executors import Choice
 
 
 def config(power=None, block_size=128, cache_dtype="auto"):
@@ -72,7 +71,7 @@ def test_sinks_are_refused_where_flash_attention_does_not_know_them(monkeypatch,
     from vllm.v1.attention.backends import fa_utils
 
     monkeypatch.setattr(fa_utils, "get_flash_attn_version", lambda: version)
-    ours, theirs = Choice("triton", "triton"), Choice("triton", "flash_attn")
+    ours, theirs = ("triton", "triton"), ("triton", "flash_attn")
     refusals.check_sinks(object(), ours)
     refusals.check_sinks(None, theirs)
     with pytest.raises(ValueError, match="attention sinks") if refused else nullcontext():

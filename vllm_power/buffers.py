@@ -1,12 +1,11 @@
-"""Device memory that the steps use beside the KV cache: the plans' buffers and the decode kernel's workspace.
+"""Device memory that steps use in addition to the KV cache: the plans' buffers and the decode kernel's workspace.
 
 vLLM fits its KV cache into what its memory profiling leaves. It runs every layer then, without metadata: at that moment
-the buffers of the first metadata builder are made already, so that they are counted. Where the layers form several KV
+the buffers of the first metadata builder are made already, so that they are counted. If the layers form several KV
 cache groups, those of the others come on top: under 1 MiB each on pages of 256.
 """
 
-from collections.abc import Sequence
-from typing import Any
+import weakref
 
 import torch
 from vllm.config import VllmConfig
@@ -21,8 +20,8 @@ from vllm_power.kernels.plan_gpu import PlanBuilder
 class StepBuffers:
     """What the steps of one KV cache group use.
 
-    decode_len: requests of up to so many new tokens decode; longer ones prefill. decodes, prefills: their plans'
-    buffers. workspace: float32, for the decode kernel's pieces.
+    decode_len: requests of up to this many new tokens decode; longer ones prefill. decodes, prefills: their plans'
+    buffers. prompt_lens: int32 [max_num_seqs]. workspace: float32, for the decode kernel's splits.
     """
 
     def __init__(
@@ -38,54 +37,56 @@ class StepBuffers:
         scheduler = vllm_config.scheduler_config
         rows = decode.MAX_ROWS // (num_heads // num_kv_heads)
         self.decode_len = max(1, min(max_decode_query_len(vllm_config), rows))
-        pattern = options.of_config(vllm_config).effective_pattern
-        visible = VisibleBlocks.of(pattern, vllm_config.model_config.max_model_len, device)
+        asked = options.of_config(vllm_config)
+        visible = VisibleBlocks.of(asked.effective_pattern, vllm_config.model_config.max_model_len, device)
         most = scheduler.max_num_seqs
-        self.decodes = PlanBuilder(visible, page_size, most, most * self.decode_len)
+        self.decodes = PlanBuilder(visible, page_size, most, most * self.decode_len, asked.rows)
         self.prefills = PlanBuilder(visible, page_size, most, scheduler.max_num_batched_tokens)
+        self.prompt_lens = torch.zeros(most, dtype=torch.int32, device=device)
         size = decode.workspace_size(num_heads, num_kv_heads, head_size, self.decode_len, device)
         self.workspace = torch.empty(size, dtype=torch.float32, device=device)
 
     @property
     def num_bytes(self) -> int:
         """Device memory that they take."""
-        return self.decodes.num_bytes + self.prefills.num_bytes + self.workspace.nbytes
+        return sum(
+            part.nbytes if isinstance(part, torch.Tensor) else part.num_bytes
+            for part in (self.decodes, self.prefills, self.prompt_lens, self.workspace)
+        )
 
 
-def reserve(impl: Any, device: torch.device) -> None:
-    """While vLLM profiles memory: make the buffers of the model of ``impl``, a layer's implementation, once.
+# Made while vLLM profiles memory, by the identity of the engine's configuration (configurations do not hash). None: the
+# first builder has taken them.
+_reserved: dict[int, StepBuffers | None] = {}
 
-    vLLM runs layers without metadata later too, when the first builder has taken them: then nothing is made.
+
+def reserve(
+    vllm_config: VllmConfig, num_heads: int, num_kv_heads: int, head_size: int, device: torch.device
+) -> None:
+    """While vLLM profiles memory: make the buffers of a model once, for the shape of the first layer that is run.
+
+    vLLM runs layers without metadata later too, when the first builder has taken the buffers: then nothing is made.
     """
-    layers = impl.vllm_config.compilation_config.static_forward_context.values()
-    if any(getattr(getattr(layer, "impl", None), "has_reserved", False) for layer in layers):
-        return
-    impl.has_reserved = True
-    impl.buffers = StepBuffers(
-        impl.vllm_config,
-        impl.num_heads,
-        impl.num_kv_heads,
-        impl.head_size,
-        impl.vllm_config.cache_config.block_size,
-        device,
-    )
+    if id(vllm_config) not in _reserved:
+        page_size = vllm_config.cache_config.block_size
+        weakref.finalize(vllm_config, _reserved.pop, id(vllm_config), None)
+        _reserved[id(vllm_config)] = StepBuffers(
+            vllm_config, num_heads, num_kv_heads, head_size, page_size, device
+        )
 
 
 def take(
     vllm_config: VllmConfig,
-    layer_names: Sequence[str],
     num_heads: int,
     num_kv_heads: int,
     head_size: int,
     page_size: int,
     device: torch.device,
 ) -> StepBuffers:
-    """The buffers that were reserved in one of these layers, where they fit, or new ones."""
-    layers = vllm_config.compilation_config.static_forward_context
-    impls: list[Any] = [getattr(layers.get(name), "impl", None) for name in layer_names]
-    for impl in impls:
-        if reserved := getattr(impl, "buffers", None):
-            impl.buffers = None
-            if reserved.shape == (num_heads, num_kv_heads, head_size, page_size):
-                return reserved
+    """The buffers that were reserved, if they fit and no builder has taken them, or new ones."""
+    reserved = _reserved.get(id(vllm_config))
+    if reserved is not None:
+        _reserved[id(vllm_config)] = None
+    if reserved is not None and reserved.shape == (num_heads, num_kv_heads, head_size, page_size):
+        return reserved
     return StepBuffers(vllm_config, num_heads, num_kv_heads, head_size, page_size, device)

@@ -1,16 +1,21 @@
 """Work-arounds for vLLM 0.32 and 0.33, each with its reason, its symptom and when it can go."""
 
 import copyreg
+import sys
+from collections.abc import Callable
+from functools import wraps
 from typing import TYPE_CHECKING, Any
 
-from vllm_power.plugin import NAME
+from vllm_power.options import NAME
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 
-def make_backend_picklable() -> None:
+def make_backend_picklable(restore: Callable[[], Any]) -> None:
     """Let the name ``power`` survive the journey into a spawned engine process.
+
+    restore: registers the backend and returns its enum member; importable, so that it can be pickled.
 
     Why: vLLM unpickles the engine's configuration before it loads plugins there, and an enum member that was added at
     run time is unknown at that moment (v1/engine/core.py, v1/attention/backends/registry.py).
@@ -19,26 +24,14 @@ def make_backend_picklable() -> None:
     """
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    copyreg.pickle(AttentionBackendEnum, _reduce_backend)
+    def reduce(member: Any) -> tuple[Any, tuple[Any, ...]]:
+        return (restore, ()) if member.name == NAME else (type(member), (member.value,))
+
+    copyreg.pickle(AttentionBackendEnum, reduce)
 
 
-def _reduce_backend(member: Any) -> tuple[Any, tuple[Any, ...]]:
-    if member.name == NAME:
-        return _restore_backend, ()
-    return type(member), (member.value,)
-
-
-def _restore_backend() -> Any:
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum
-
-    from vllm_power.plugin import register
-
-    register()
-    return AttentionBackendEnum[NAME]
-
-
-def adopt_platform() -> None:
-    """Put our few overrides in front of the class of vLLM's current platform object.
+def adopt_platform(on_gpu: type, on_cpu: type) -> None:
+    """Put our few overrides, ``on_gpu`` or ``on_cpu``, in front of the class of vLLM's current platform object.
 
     Why: vLLM's CPU platform ignores the chosen attention backend, and only a platform sees the whole configuration
     early enough to refuse it before anything is loaded. vLLM's ``platform_plugins`` could bring our class, but has room
@@ -49,27 +42,86 @@ def adopt_platform() -> None:
     """
     from vllm.platforms import current_platform
 
-    from vllm_power.platform import PowerCpuPlatform, PowerPlatform
-
     original = type(current_platform)
-    if issubclass(original, PowerPlatform) or not (current_platform.is_cpu() or current_platform.is_cuda()):
+    if issubclass(original, (on_gpu, on_cpu)) or not (
+        current_platform.is_cpu() or current_platform.is_cuda()
+    ):
         return
-    overrides = PowerCpuPlatform if current_platform.is_cpu() else PowerPlatform
+    overrides = on_cpu if current_platform.is_cpu() else on_gpu
     current_platform.__class__ = type(f"Power{original.__name__}", (overrides, original), {})
 
 
-def count_steps(vllm_config: "VllmConfig") -> None:
-    """Put our count of each step in front of the scheduler's class, in the engine that has this configuration.
+def extend_scheduler(vllm_config: "VllmConfig", *extensions: type) -> None:
+    """Put ``extensions`` in front of the class of this engine's scheduler.
 
-    Why: the scheduler alone knows what a step reads, for all ranks and without dummy batches, and vLLM has no place
-    for a plugin there. Its own ``--scheduler-cls`` would take the place of a user's.
-    Symptom: no ``vllm_power_...`` in /metrics.
-    Goes when: SchedulerStats has a field for plugins, filled in the engine's process.
+    Why: the scheduler alone knows what a step reads, for all ranks and without dummy batches, and it is where a request
+    and its block hashes pass by before the cache is asked. vLLM has no place for a plugin there. Its own
+    ``--scheduler-cls`` would take the place of a user's.
+    Symptom: no ``vllm_power_...`` in /metrics; prefix hits on pages whose rows saw other keys.
+    Goes when: SchedulerStats has a field for plugins, filled in the engine's process, and a request's hashes take extra
+    keys from plugins.
     """
-    from vllm_power.metrics.steps import CountedScheduler
-
     config = vllm_config.scheduler_config
     original = config.get_scheduler_cls()
-    if not issubclass(original, CountedScheduler):
-        counted = type(f"Counted{original.__name__}", (CountedScheduler, original), {})
-        config.get_scheduler_cls = lambda: counted
+    if not issubclass(original, extensions):
+        extended = type(f"Power{original.__name__}", (*extensions, original), {})
+        config.get_scheduler_cls = lambda: extended
+
+
+def tell_prompt_lengths() -> None:
+    """Have vLLM's model runners tell our builders the prompt length of each request: it decides which rows are dense.
+
+    Why: only the runners know it, and they fill ``CommonAttentionMetadata.rswa_prefix_lens``, which is just that, only
+    for models with ``rswa_window`` (v1/worker/gpu_model_runner.py, v1/worker/gpu/model_runner.py). With that property
+    set, FlashAttention would apply a window to its own layers. It reads the property itself, so the field alone changes
+    nothing for other backends.
+    Symptom: with dense rows, every request counts as one without a prompt.
+    Goes when: the metadata always has the prompt lengths.
+    """
+    v1 = sys.modules.get("vllm.v1.worker.gpu_model_runner")
+    if v1 is not None:
+        _wrap(v1.GPUModelRunner, "_build_attention_metadata", _as_if_windowed)
+    v2 = sys.modules.get("vllm.v1.worker.gpu.model_runner")
+    if v2 is not None:
+        _wrap(v2.GPUModelRunner, "prepare_inputs", _with_prompt_lengths)
+
+
+def _wrap(owner: Any, name: str, wrapper: Any) -> None:
+    original = getattr(owner, name)
+    if not hasattr(original, "__wrapped__"):
+        setattr(owner, name, wraps(original)(wrapper(original)))
+
+
+class _Windowed:
+    """A ModelConfig that says it has ``rswa_window``."""
+
+    rswa_window = 1
+
+    def __init__(self, config: Any) -> None:
+        self._config = config
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._config, name)
+
+
+def _as_if_windowed(original: Any) -> Any:
+    def build(self: Any, *args: Any, **kwargs: Any) -> Any:
+        config, self.model_config = self.model_config, _Windowed(self.model_config)
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            self.model_config = config
+
+    return build
+
+
+def _with_prompt_lengths(original: Any) -> Any:
+    def prepare(self: Any, *args: Any, **kwargs: Any) -> Any:
+        import torch
+
+        batch = original(self, *args, **kwargs)
+        if batch.prompt_lens is None:
+            batch.prompt_lens = torch.from_numpy(self.req_states.prompt_len.np[batch.idx_mapping_np])
+        return batch
+
+    return prepare

@@ -1,4 +1,4 @@
-"""The CPU executor: vLLM's own C++ attention (AVX-512, AMX, ...) over the plan.
+"""PowerAttention on CPUs: vLLM's own C++ attention (AVX-512, AMX, ...) over the plan.
 
 The kernels take varlen queries, key lengths and a block table. Given a plan's segments as if they were requests they
 compute PowerAttention exactly, with fp8 caches, soft caps and attention sinks as before. So only the metadata differs
@@ -18,10 +18,12 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from vllm_power import kv_cache, options, refusals
+from vllm_power import kv_cache, options, prompt_lengths, refusals
 from vllm_power.hybrid import LayerImpl
 from vllm_power.kernels.plan import Plan, VisibleBlocks, build_plan
-from vllm_power.plugin import NAME
+from vllm_power.metrics import writer
+from vllm_power.metrics.definitions import LOOKS_AHEAD
+from vllm_power.options import NAME
 
 
 class PowerCpuBackend(CPUAttentionBackend):
@@ -71,18 +73,25 @@ class PowerCpuMetadataBuilder(CPUAttentionMetadataBuilder):
         device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        pattern = options.of_config(vllm_config).effective_pattern
-        self.visible = VisibleBlocks.of(pattern, vllm_config.model_config.max_model_len)
+        asked = options.of_config(vllm_config)
+        self.rows = asked.rows
+        self.visible = VisibleBlocks.of(asked.effective_pattern, vllm_config.model_config.max_model_len)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> CPUAttentionMetadata:
         step = common_attn_metadata
-        refusals.check_causal(step)
+        with writer.counted(LOOKS_AHEAD):
+            refusals.check_causal(step)
         # While no request is longer than the blocks that see everything, the plan would be the step itself.
         if step.max_seq_len > self.visible.pattern.dense_tokens:
             starts, lengths, table = step.query_start_loc, step.seq_lens, step.block_table_tensor
-            plan = build_plan(starts, lengths, table, self.visible, self.block_size, merge_dense=True)
+            prompts = torch.from_numpy(prompt_lengths.of_step(step, slice(0, step.num_reqs))).to(
+                lengths.dtype
+            )
+            plan = build_plan(
+                starts, lengths, table, self.visible, self.block_size, True, self.rows, prompt_lens=prompts
+            )
             step = over_plan(step, plan)
         return super().build(common_prefix_len, step, fast_build)
 
@@ -99,8 +108,19 @@ def over_plan(step: CommonAttentionMetadata, plan: Plan) -> CommonAttentionMetad
 
 
 class PowerCpuImpl(LayerImpl, CPUAttentionBackendImpl):
-    """vLLM's CPU attention; refuses what a rewritten table can not express, and steps aside in dense layers."""
+    """vLLM's CPU attention; refuses what a rewritten table cannot express, and steps aside in dense layers."""
 
-    def __init__(self, *arguments: Any, **extra: Any) -> None:
-        self.remember(*arguments, **extra)
-        super().__init__(*arguments, **extra)
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int,
+        alibi_slopes: list[float] | None,
+        *arguments: Any,
+        **extra: Any,
+    ) -> None:
+        refusals.check_alibi(alibi_slopes)
+        every = (num_heads, head_size, scale, num_kv_heads, alibi_slopes, *arguments)
+        self.remember(*every, **extra)
+        super().__init__(*every, **extra)

@@ -9,15 +9,14 @@ give no block back.
 from typing import Any
 
 import torch
-from vllm.config import VllmConfig, get_current_vllm_config, set_current_vllm_config
-from vllm.model_executor.models.utils import extract_layer_index
+from vllm.config import get_current_vllm_config, set_current_vllm_config
 from vllm.platforms import current_platform
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.selector import AttentionSelectorConfig
 
-from vllm_power import kv_cache, options, refusals
-from vllm_power.plugin import NAME
+from vllm_power import compat, kv_cache, refusals
+from vllm_power.layers import stays_dense
 
 
 class LayerImpl:
@@ -31,11 +30,11 @@ class LayerImpl:
     kv_cache_dtype: str
 
     def remember(self, *arguments: Any, **extra: Any) -> None:
-        """Call first in ``__init__``, with its arguments in vLLM's order. Raises ValueError for ALiBi."""
-        refusals.check_alibi(arguments[4])
+        """Call first in ``__init__``, with its arguments in vLLM's order."""
         self.vllm_config = get_current_vllm_config()
         self.arguments, self.extra_arguments = arguments, extra
         kv_cache.configure(self.vllm_config)
+        compat.tell_prompt_lengths()
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         super().process_weights_after_loading(act_dtype)  # type: ignore[misc]
@@ -60,23 +59,3 @@ class LayerImpl:
         refusals.check_dense_layer(implementation, self.kv_cache_dtype)
         layer.attn_backend, layer.impl = backend, implementation
         layer.backend = AttentionBackendEnum[backend.get_name()]
-
-
-def stays_dense(layer_name: str, vllm_config: VllmConfig) -> bool:
-    """Whether the layer runs dense attention: the option ``dense_layers`` says so, or it drafts and power was not
-    asked for drafting (``--speculative-config '{"attention_backend": "power"}'``)."""
-    if drafts(layer_name, vllm_config):
-        asked = getattr(vllm_config.speculative_config, "attention_backend", None)
-        return asked is None or asked.name != NAME
-    num_layers = vllm_config.model_config.get_total_num_hidden_layers()
-    dense = options.of_config(vllm_config).dense_layer_indices(num_layers)
-    return extract_layer_index(layer_name) in dense
-
-
-def drafts(layer_name: str, vllm_config: VllmConfig) -> bool:
-    """Whether the layer belongs to a draft model, or to a drafting head: vLLM names these ``mtp.``, or numbers their
-    layers on from the model's last."""
-    model = vllm_config.model_config
-    if model.runner_type == "draft" or layer_name.startswith(("draft_model.", "mtp.")):
-        return True
-    return extract_layer_index(layer_name) >= model.get_total_num_hidden_layers()

@@ -32,12 +32,14 @@ class PowerAttentionSpec(AttentionSpec):
 
     max_model_len: the longest sequence. max_in_flight_tokens: the most tokens of steps that are not settled yet.
     lookahead_tokens: how far past the last token speculative decoding may query.
+    dense_tail: the last tokens of a prompt that see everything: while there are any, blocks live until the prompt ends.
     """
 
     pattern: Pattern
     max_model_len: int
     max_in_flight_tokens: int
     lookahead_tokens: int
+    dense_tail: int = 0
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         """Bytes that one request of max_model_len holds at its peak: vLLM sizes and reports concurrency by it."""
@@ -65,6 +67,8 @@ class PowerAttentionSpec(AttentionSpec):
 
         Blocks are freed once their steps are settled; what is in flight comes on top of the live ones.
         """
+        if self.dense_tail:
+            return -(-num_tokens // self.block_size)
         lives = self.lifetimes(num_tokens)
         in_flight = 1 + -(-self.max_in_flight_tokens // self.pattern.block_size)
         peak = (lives.peak_from[min(query_block, lives.last)] + in_flight) * self.pages_per_block
@@ -75,12 +79,14 @@ class PowerAttentionSpec(AttentionSpec):
 class _Request:
     """What the manager keeps of a request that holds pages. Most steps pass neither of the two marks.
 
-    num_tokens: the most that it can get. num_null: pages of its table that it does not hold. query_block: all queries
-    before this block are through. next_release: settled tokens at which the next block is through. next_full_page:
-    tokens at which the next page can be found by its hash.
+    num_tokens: the most that it can get. kept_until: blocks live at least until this many tokens are settled.
+    num_null: pages of its table that it does not hold. query_block: all queries before this block are through.
+    next_release: settled tokens at which the next block is through. next_full_page: tokens at which the next page can
+    be found by its hash.
     """
 
     num_tokens: int
+    kept_until: int = 0
     num_null: int = 0
     query_block: int = 0
     next_release: int = 0
@@ -109,7 +115,7 @@ class PowerAttentionManager(SingleTypeKVCacheManager):
             # vLLM hands a manager the Request, which knows max_tokens, only through cache_blocks at the end of an
             # allocation, and calls that only where this flag is set. Without prefix caching nothing else reads it.
             self.enable_caching = True
-        elif processed_computed_tokens >= known.next_release:
+        elif processed_computed_tokens >= max(known.next_release, known.kept_until):
             self._release(request_id, known, processed_computed_tokens)
 
     def cache_blocks(
@@ -185,7 +191,10 @@ class PowerAttentionManager(SingleTypeKVCacheManager):
             supports_fine_grained_hash_lookup=cls.supports_fine_grained_hash_lookup,
             alignment_tokens=alignment_tokens,
         )
-        last_reader = lifetimes(spec.pattern, (spec.max_model_len - 1) // spec.pattern.block_size).last_reader
+        last = (spec.max_model_len - 1) // spec.pattern.block_size
+        last_reader = lifetimes(spec.pattern, last).last_reader
+        if spec.dense_tail:
+            last_reader = (last,) * len(last_reader)  # the prompt's tail reads all of it
         num_pages = min(max_length // page_size, len(block_hashes))
         cached: list[Sequence[KVCacheBlock] | None] = []
         hits = [0, 0]  # in pages: the longest so far and the one before it
@@ -216,11 +225,14 @@ class PowerAttentionManager(SingleTypeKVCacheManager):
 
     def _meet(self, request: Request) -> _Request:
         """Note how long the request can get. It has its first pages, null where its prefix hit needs none."""
-        limit = self.kv_cache_spec.max_model_len
+        limit = kept_until = self.kv_cache_spec.max_model_len
         if not getattr(request, "resumable", False):  # a resumable request may get more prompt later
             limit = min(limit, request.num_prompt_tokens + request.max_tokens)
+            kept_until = request.num_prompt_tokens
         num_null = sum(page.is_null for page in self.req_to_blocks[request.request_id])
-        self.requests[request.request_id] = met = _Request(limit, num_null)
+        self.requests[request.request_id] = met = _Request(
+            limit, kept_until if self.kv_cache_spec.dense_tail else 0, num_null
+        )
         self.num_cached_block.setdefault(request.request_id, 0)  # vLLM's shorter way for a running request
         self.enable_caching = self.prefix_caching
         return met
@@ -268,6 +280,7 @@ def configure(vllm_config: VllmConfig) -> None:
             "max_model_len": vllm_config.model_config.max_model_len,
             "max_in_flight_tokens": vllm_config.max_in_flight_tokens,
             "lookahead_tokens": vllm_config.num_speculative_tokens + vllm_config.num_lookahead_tokens,
+            "dense_tail": options.of_config(vllm_config).dense_tail,
         }
 
 
@@ -282,6 +295,8 @@ def why_not(vllm_config: VllmConfig) -> str | None:
         return "--disable-hybrid-kv-cache-manager leaves only full attention"
     if asked.effective_pattern.name == "full":
         return "the pattern full reads every block to the end"
+    if asked.rows.dense_decode:
+        return 'generated tokens see every block (decode is "dense")'
     return None
 
 

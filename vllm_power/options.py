@@ -6,19 +6,27 @@ that is an error, unless ``override_checkpoint`` says that it is meant.
 """
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from vllm_power.dense_layers import canonical, indices
-from vllm_power.pattern import NAMES, POWER, Pattern, preset
+from vllm_power.pattern import NAMES, POWER, Pattern, RowRule, preset
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+NAME = "POWER"  # the backend's name in vLLM's registry; users write it in any case
+TESTED = ((0, 32), (0, 33))  # versions of vLLM
+
 COMMAND_LINE = "--additional-config '{\"power\": {...}}'"
 CHECKPOINT = "power_attention in the checkpoint's config.json"
+
+# What each mode sets where neither the command line nor the checkpoint does.
+MODES: dict[str, dict[str, Any]] = {
+    "trained": {"dense_tail": 0, "decode": "pattern", "dense_layers": []},
+    "training_free": {"dense_tail": 128, "decode": "dense", "dense_layers": {"every": 7, "keep": 2}},
+}
 
 
 class PatternOptions(BaseModel):
@@ -37,6 +45,10 @@ class PatternOptions(BaseModel):
     dense_layers: list[int] | str | dict[str, int] = Field(
         default_factory=list,
         description='layers that stay dense: [0, 27], "0-1,26-27" or {"every": 7, "keep": 2}',
+    )
+    dense_tail: int = Field(0, description="last tokens of the prompt that see every earlier token")
+    decode: Literal["pattern", "dense"] = Field(
+        "pattern", description='what generated tokens see: the pattern, or with "dense" every earlier token'
     )
 
     @model_validator(mode="before")
@@ -59,7 +71,7 @@ class PatternOptions(BaseModel):
 
     @property
     def set_by_user(self) -> dict[str, Any]:
-        """The fields of the pattern, and the dense layers, that were given, not defaulted."""
+        """The fields of the pattern, the dense layers and the dense rows that were given, not defaulted."""
         given = self.model_dump(include=set(PatternOptions.model_fields), exclude_unset=True)
         return {name: value for name, value in given.items() if value is not None}
 
@@ -67,13 +79,19 @@ class PatternOptions(BaseModel):
     def effective_pattern(self) -> Pattern:
         """The pattern that these options describe; a field left out has the paper's value for that pattern."""
         fields = self.set_by_user
-        fields.pop("dense_layers", None)
+        for other in ("dense_layers", "dense_tail", "decode"):
+            fields.pop(other, None)
         return preset(fields.pop("pattern", POWER.name), **fields)
 
     @property
-    def effective(self) -> tuple[Pattern, object]:
-        """The pattern and the dense layers, in a form that compares."""
-        return self.effective_pattern, canonical(self.dense_layers)
+    def rows(self) -> RowRule:
+        """Which rows see everything."""
+        return RowRule(self.dense_tail, self.decode == "dense")
+
+    @property
+    def effective(self) -> tuple[Pattern, object, RowRule]:
+        """The pattern, the dense layers and the row rule, in a form that compares."""
+        return self.effective_pattern, canonical(self.dense_layers), self.rows
 
     def dense_layer_indices(self, num_layers: int) -> frozenset[int]:
         """The layers of a model of ``num_layers`` that stay dense. Raises ValueError for one outside the model."""
@@ -83,9 +101,20 @@ class PatternOptions(BaseModel):
 class PowerOptions(PatternOptions):
     """Everything under ``power`` in ``--additional-config``."""
 
+    mode: Literal["auto", "trained", "training_free"] = Field(
+        "auto",
+        description="trained: the pattern in every row. training_free: for a checkpoint that was not trained for it, "
+        'dense_tail 128, decode "dense" and dense_layers {"every": 7, "keep": 2} unless set. auto: trained if the '
+        "checkpoint carries power_attention",
+    )
     executor: Literal["auto", "cpu", "triton", "flash_attn", "reference"] = Field(
         "auto",
         description="which kernels run the plan; auto takes the fastest that was measured for the device",
+    )
+    share_dense_rows: bool = Field(
+        False,
+        description="let prompts of other lengths reuse cached pages of dense rows: a chat's last answer need not be "
+        "prefilled again, but answers then depend on what is cached",
     )
     reclaim: bool = Field(True, description="give KV blocks back as soon as no later query can see them")
     override_checkpoint: bool = Field(
@@ -96,19 +125,31 @@ class PowerOptions(PatternOptions):
 def resolve(command_line: Mapping[str, Any] | None, checkpoint: Mapping[str, Any] | None) -> PowerOptions:
     """The options in force, from the ``power`` object of the command line and the checkpoint's, either perhaps None.
 
+    The result's mode is "trained" or "training_free", and what that mode sets is in its fields.
     Raises ValueError for an unknown or invalid option and for a contradiction between the two.
     """
     options = _parse(PowerOptions, command_line or {}, COMMAND_LINE)
-    if checkpoint is None:
-        return options
-    stored = _parse(PatternOptions, checkpoint, CHECKPOINT)
+    if checkpoint is not None:
+        options = _with_checkpoint(options, _parse(PatternOptions, checkpoint, CHECKPOINT))
+    mode = options.mode
+    if mode == "auto":
+        mode = "training_free" if checkpoint is None else "trained"
+    missing = {name: value for name, value in MODES[mode].items() if name not in options.model_fields_set}
+    return options.model_copy(update={**missing, "mode": mode})
+
+
+def _with_checkpoint(options: PowerOptions, stored: PatternOptions) -> PowerOptions:
     asked = options.set_by_user
     if not asked:
         return options.model_copy(update=stored.set_by_user)
     if options.override_checkpoint:
         return options
     merged = _parse(PowerOptions, {**stored.set_by_user, **asked}, COMMAND_LINE)
-    if merged.effective != stored.effective:
+    if merged.effective[:2] != stored.effective[:2] or any(
+        merged.set_by_user[name] != value
+        for name, value in stored.set_by_user.items()
+        if name in ("dense_tail", "decode")
+    ):
         raise ValueError(
             f"two different patterns: the checkpoint was trained with {stored.effective_pattern} ({CHECKPOINT}: "
             f"{stored.set_by_user}), the command line asks for {merged.effective_pattern} ({COMMAND_LINE}: {asked}). "
@@ -127,17 +168,41 @@ def of_pattern(asked: Mapping[str, Any] | None, config: Any) -> PatternOptions:
 
     Raises ValueError as :func:`resolve` does.
     """
+    asked = {"mode": "trained", **(asked or {})}
     return PatternOptions(**resolve(asked, stored_in(config, config.get_text_config())).set_by_user)
 
 
 def of_config(vllm_config: "VllmConfig") -> PowerOptions:
-    """The options in force for an engine. Raises ValueError as :func:`resolve` does."""
-    command_line = None
-    if isinstance(vllm_config.additional_config, Mapping):
-        command_line = vllm_config.additional_config.get("power")
+    """The options in force for an engine, parsed once per configuration. Raises ValueError as :func:`resolve` does."""
+    sources = (vllm_config.additional_config, vllm_config.model_config)
+    known = getattr(vllm_config, _PARSED, None)
+    # A draft model's configuration is a copy of the target's with another model.
+    if known is None or known[0] is not sources[0] or known[1] is not sources[1]:
+        known = (*sources, resolve(asked_of(vllm_config), _stored(vllm_config)))
+        setattr(vllm_config, _PARSED, known)
+    return known[2]
+
+
+def asked_of(vllm_config: "VllmConfig") -> Mapping[str, Any] | None:
+    """The object ``power`` of the command line's ``--additional-config``, if it has one."""
+    given = vllm_config.additional_config
+    return given.get("power") if isinstance(given, Mapping) else None
+
+
+def why_mode(vllm_config: "VllmConfig") -> str:
+    """Why the mode is what it is, for the start line."""
+    if (asked_of(vllm_config) or {}).get("mode", "auto") != "auto":
+        return "the option mode"
+    carries = "no " if _stored(vllm_config) is None else ""
+    return f"the checkpoint carries {carries}power_attention"
+
+
+_PARSED = "_vllm_power_options"
+
+
+def _stored(vllm_config: "VllmConfig") -> Mapping[str, Any] | None:
     model = vllm_config.model_config
-    checkpoint = None if model is None else stored_in(model.hf_config, model.hf_text_config)
-    return resolve(command_line, checkpoint)
+    return None if model is None else stored_in(model.hf_config, model.hf_text_config)
 
 
 def _parse(model: type[PatternOptions], values: Mapping[str, Any], source: str) -> Any:
@@ -154,3 +219,64 @@ def _parse(model: type[PatternOptions], values: Mapping[str, Any], source: str) 
 def _nearest(word: str, known: Any) -> str:
     close = difflib.get_close_matches(str(word), list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+
+
+# --- dense layers: a list of indices, ranges as text, or the first few of every few (the paper, for RULER) ---------
+
+DenseLayers = Sequence[int] | str | Mapping[str, int]
+
+MOST = 10_000  # more layers than any model has: what goes past it is a slip, and must not fill the memory
+
+
+def indices(value: DenseLayers, num_layers: int) -> frozenset[int]:
+    """The indices that ``value`` names in a model of ``num_layers`` layers.
+
+    [0, 27] and "0,27" name layers, "0-1,26-27" ranges with both ends, {"every": 7, "keep": 2} the first two of every
+    seven. Raises ValueError where it is none of these, and for an index outside the model.
+    """
+    if isinstance(value, Mapping):
+        every, keep = _every(value)
+        return frozenset(index for index in range(num_layers) if index % every < keep)
+    named = frozenset(_ranges(value) if isinstance(value, str) else value)
+    outside = sorted(index for index in named if not 0 <= index < num_layers)
+    if outside:
+        raise ValueError(
+            f"dense_layers names layer {', '.join(map(str, outside))}; the model has {num_layers} layers, "
+            f"0 to {num_layers - 1}"
+        )
+    return named
+
+
+def canonical(value: Any) -> frozenset[int] | tuple[int, int]:
+    """A form in which two ways of naming the same layers are equal. Raises ValueError where ``value`` names none."""
+    if isinstance(value, Mapping):
+        return _every(value)
+    if isinstance(value, str):
+        return frozenset(_ranges(value))
+    if isinstance(value, Sequence) and all(type(index) is int for index in value):
+        return frozenset(value)
+    raise ValueError(
+        f'dense_layers must be like [0, 27], "0-1,26-27" or {{"every": 7, "keep": 2}}, not {value!r}'
+    )
+
+
+def _every(value: Mapping[str, int]) -> tuple[int, int]:
+    if set(value) != {"every", "keep"} or not all(type(number) is int for number in value.values()):
+        raise ValueError(f'dense_layers must be like {{"every": 7, "keep": 2}}, not {dict(value)!r}')
+    if not 0 <= value["keep"] <= value["every"] or value["every"] < 1:
+        raise ValueError(f"dense_layers cannot keep {value['keep']} of every {value['every']} layers")
+    return value["every"], value["keep"]
+
+
+def _ranges(text: str) -> list[int]:
+    named: list[int] = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        first, _, last = part.partition("-")
+        if not first.isdigit() or (last and not last.isdigit()) or part.endswith("-"):
+            raise ValueError(f'dense_layers: {part!r} is neither a layer nor a range like "26-27"')
+        if int(last or first) < int(first):
+            raise ValueError(f"dense_layers: the range {part} runs backwards")
+        if int(last or first) > MOST:
+            raise ValueError(f"dense_layers: {part} names layers that no model has")
+        named.extend(range(int(first), int(last or first) + 1))
+    return named

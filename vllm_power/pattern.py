@@ -229,6 +229,42 @@ def preset(name: str, **changes: int) -> Pattern:
 POWER = preset("power")
 
 
+@dataclass(frozen=True)
+class RowRule:
+    """Which rows (query tokens) of a request see every earlier token instead of the pattern.
+
+    Position and prompt length alone decide, so chunking, batching, preemption and the state of the cache do not.
+
+    dense_tail: the last tokens of the prompt that see everything, 0 for none.
+    dense_decode: whether every token after the prompt sees everything.
+
+    Raises ValueError for a negative ``dense_tail``.
+    """
+
+    dense_tail: int = 0
+    dense_decode: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dense_tail < 0:
+            raise ValueError(f"dense_tail must be at least 0, not {self.dense_tail}")
+
+    @property
+    def has_dense_rows(self) -> bool:
+        return self.dense_tail > 0 or self.dense_decode
+
+    def dense_rows(self, prompt_tokens: int) -> tuple[int, int]:
+        """The positions [start, end) whose rows see everything; ``end`` is ``ENDLESS`` with ``dense_decode``."""
+        return max(0, prompt_tokens - self.dense_tail), ENDLESS if self.dense_decode else prompt_tokens
+
+    def sees_everything(self, position: int, prompt_tokens: int) -> bool:
+        """Whether the row at ``position`` sees every earlier token, in a request of ``prompt_tokens`` prompt tokens."""
+        start, end = self.dense_rows(prompt_tokens)
+        return start <= position < end
+
+
+PATTERN_ROWS = RowRule()  # every row sees the pattern
+
+
 def draw(pattern: Pattern, num_tokens: int) -> str:
     """The block mask as text, one character a block pair, and below it the counts that describe it."""
     blocks = pattern.num_blocks(num_tokens)

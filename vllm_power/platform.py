@@ -8,8 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 
-from vllm_power import compat, options, refusals
-from vllm_power.plugin import NAME
+from vllm_power import compat, kv_cache, options, refusals
+from vllm_power.layers import (
+    DENSE,
+    SLIDING_WINDOW,
+    SPARSE,
+    attention_layers,
+    drafts,
+    indices_by_kind,
+    is_draft,
+    is_selected,
+)
+from vllm_power.options import NAME
+from vllm_power.prefix_hashes import RowRuleScheduler
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -31,7 +42,7 @@ class PowerPlatform:
         if is_selected(vllm_config) and not is_draft(vllm_config):
             refusals.check_config(vllm_config)
             refusals.check_executor(vllm_config, on_cpu=cls.device_type == "cpu")
-            _share_figures()
+            _share_metrics()
 
     @classmethod
     def get_attn_backend_cls(
@@ -63,7 +74,9 @@ class PowerPlatform:
         """Called in the engine's process, before it makes its scheduler; without a configuration elsewhere."""
         super().register_custom_kv_cache_specs(vllm_config)  # type: ignore[misc]
         if vllm_config is not None and is_selected(vllm_config):
-            compat.count_steps(vllm_config)
+            from vllm_power.metrics.scheduler import CountedScheduler
+
+            compat.extend_scheduler(vllm_config, CountedScheduler, RowRuleScheduler)
 
 
 class PowerCpuPlatform(PowerPlatform):
@@ -74,56 +87,35 @@ class PowerCpuPlatform(PowerPlatform):
         return CPU_BACKEND
 
 
-def is_selected(vllm_config: "VllmConfig") -> bool:
-    """Whether ``power`` is the attention backend of this configuration, for all layers or for one kind of them."""
-    attention = vllm_config.attention_config
-    chosen = [attention.backend, *(getattr(attention, "backend_per_kind", None) or {}).values()]
-    return any(backend is not None and backend.name == NAME for backend in chosen)
-
-
-def is_draft(vllm_config: "VllmConfig") -> bool:
-    """Whether this configuration is that of a draft model, made from the target's."""
-    return vllm_config.model_config is not None and vllm_config.model_config.runner_type == "draft"
-
-
-def _share_figures() -> None:
+def _share_metrics() -> None:
     """Make room, in a process that starts or serves the engine, for what that will count; log where there is none."""
-    from vllm_power.metrics import board, reader
+    from vllm_power.metrics import collector, shared_dir
 
     try:
-        board.open_board()
-        reader.join_metrics()
+        shared_dir.open_board()
+        collector.join_metrics()
     except Exception as error:
         logger.warning("PowerAttention: there will be no metrics of it: %r", error)
 
 
 def _report(vllm_config: "VllmConfig") -> None:
-    """Log once what runs: pattern, density, executor, layers, reclamation. Refuses a model with no layer for it."""
-    from vllm.model_executor.models.utils import extract_layer_index
+    """Log once what runs: pattern, layers, mode and what it costs. Refuses a model with no layer for the pattern."""
+    from vllm_power.metrics import stages
 
-    from vllm_power.hybrid import drafts
-    from vllm_power.kv_cache import why_not
-    from vllm_power.metrics import stage
-
-    built = {
-        name: layer.attn_backend
-        for name, layer in vllm_config.compilation_config.static_forward_context.items()
-        if hasattr(layer, "attn_backend")
-    }
-    layers = {name: backend for name, backend in built.items() if not drafts(name, vllm_config)}
-    drafting = [name for name in built.keys() - layers.keys() if built[name].get_name() == NAME]
-    sparse = [backend for backend in layers.values() if backend.get_name() == NAME]
-    dense = sorted(
-        {extract_layer_index(name) for name, backend in layers.items() if backend.get_name() != NAME}
-    )
-    executor = sparse[0].executor_name(vllm_config) if sparse else None
-    reason = why_not(vllm_config)
-    stage.tell(vllm_config, executor, reason or "on")
+    found = list(attention_layers(vllm_config))
+    drafting = sum(kind == SPARSE and drafts(name, vllm_config) for name, _, kind in found)
+    sparse = [layer for name, layer, kind in found if kind == SPARSE and not drafts(name, vllm_config)]
+    layers = indices_by_kind(vllm_config)
+    executor = sparse[0].attn_backend.executor_name(vllm_config) if sparse else None
+    reason = kv_cache.why_not(vllm_config)
+    stages.post(vllm_config, executor, reason or "on")
     if not sparse and vllm_config.parallel_config.pipeline_parallel_size > 1:
-        return  # this rank's layers all stay dense; another's need not (figures.steps looks at all of them)
-    refusals.check_any_layer(len(sparse), len(layers))
-    pattern = options.of_config(vllm_config).effective_pattern
-    max_len = vllm_config.model_config.max_model_len
+        return  # this rank's layers all stay dense; another's need not (metrics.scheduler looks at all of them)
+    num_layers = sum(map(len, layers.values()))
+    refusals.check_any_layer(len(sparse), num_layers)
+    asked, max_len = options.of_config(vllm_config), vllm_config.model_config.max_model_len
+    pattern = asked.effective_pattern
+    others = sorted({*layers[DENSE], *layers[SLIDING_WINDOW]})
     logger.info_once(
         "PowerAttention: %s; reads %.1f%% of the block pairs at max_model_len %d; executor %s; "
         "%d of %d attention layers%s%s; KV reclamation %s",
@@ -132,9 +124,54 @@ def _report(vllm_config: "VllmConfig") -> None:
         max_len,
         executor,
         len(sparse),
-        len(layers),
-        f" (not {', '.join(map(str, dense))})" if dense else "",
-        f" and {len(drafting)} that draft" if drafting else "",
+        num_layers,
+        f" (not {', '.join(map(str, others))})" if others else "",
+        f" and {drafting} that draft" if drafting else "",
         f"off: {reason}" if reason else "on",
         scope="global",
     )
+    dense = len(layers[DENSE]) / max(1, len(layers[DENSE]) + len(sparse))
+    prefill, decode = (
+        100 * (dense + (1 - dense) * share)
+        for share in (_prefill_share(asked, max_len), _decode_share(asked, max_len))
+    )
+    logger.info_once(
+        "PowerAttention: mode %s (%s): %s; attention work at max_model_len, as a share of dense: prefill %.0f%%, "
+        "decode %.0f%%; KV memory as %s%s",
+        asked.mode,
+        options.why_mode(vllm_config),
+        _row_rule(asked),
+        prefill,
+        decode,
+        "dense" if reason else "later tokens need it",
+        "" if asked.mode == "trained" else ADVICE,
+        scope="global",
+    )
+
+
+ADVICE = (
+    ". `vllm-power calibrate` finds the dense layers that this model needs; after `vllm-power adapt` decode and memory "
+    "follow the pattern too"
+)
+
+
+def _row_rule(asked: options.PowerOptions) -> str:
+    rule = asked.rows
+    tail = f"the last {rule.dense_tail} tokens of a prompt" if rule.dense_tail else ""
+    generated = "generated tokens" if rule.dense_decode else ""
+    dense = " and ".join(filter(None, (tail, generated)))
+    return f"{dense} see every earlier token" if dense else "every token sees the pattern"
+
+
+def _prefill_share(asked: options.PowerOptions, num_tokens: int) -> float:
+    """The (query, key) pairs that a layer with the pattern reads of a prompt, as a share of all causal ones."""
+    tail = min(asked.dense_tail / num_tokens, 1.0)
+    dense_rows = tail * (2 - tail)  # the last rows have the most keys
+    return dense_rows + (1 - dense_rows) * asked.effective_pattern.density(num_tokens)
+
+
+def _decode_share(asked: options.PowerOptions, num_tokens: int) -> float:
+    """The keys that a generated token reads in a layer with the pattern, as a share of all earlier ones."""
+    pattern = asked.effective_pattern
+    last = pattern.num_blocks(num_tokens) - 1
+    return 1.0 if asked.rows.dense_decode else len(pattern.visible_blocks(last)) / (last + 1)

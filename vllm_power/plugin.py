@@ -1,8 +1,10 @@
 """vLLM's entry point (``vllm.general_plugins``). vLLM calls it in every process it starts, sometimes more than once."""
 
-NAME = "POWER"
-BACKEND = "vllm_power.backend.PowerBackend"
-TESTED = ((0, 32), (0, 33))
+from typing import Any
+
+from vllm_power.options import NAME, TESTED
+
+BACKEND = "vllm_power.gpu_backend.PowerBackend"
 
 
 def register() -> None:
@@ -17,11 +19,20 @@ def register() -> None:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     from vllm_power import compat
+    from vllm_power.platform import PowerCpuPlatform, PowerPlatform
 
     if NAME not in AttentionBackendEnum.__members__:
         register_backend(NAME, BACKEND)
-        compat.make_backend_picklable()
-    compat.adopt_platform()
+        compat.make_backend_picklable(restore_backend)
+    compat.adopt_platform(PowerPlatform, PowerCpuPlatform)
+
+
+def restore_backend() -> Any:
+    """The backend's member of vLLM's enum, in a process that has just been started: what it is unpickled to."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    register()
+    return AttentionBackendEnum[NAME]
 
 
 def check_version(version: str) -> None:

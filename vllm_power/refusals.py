@@ -75,17 +75,14 @@ def check_alibi(alibi_slopes: Any) -> None:
         _refuse("ALiBi needs the distance to each key, which is lost where blocks are left out")
 
 
-def check_sinks(sinks: Any, executors: Any) -> None:
-    """Refuse a model's attention sinks on kernels that do not know them. Raises ValueError.
-
-    executors: ``executors.Choice``.
-    """
-    if sinks is not None and "flash_attn" in (executors.prefill, executors.decode):
+def check_sinks(sinks: Any, executors: tuple[str, str]) -> None:
+    """Refuse a model's attention sinks on kernels that do not support them. Raises ValueError."""
+    if sinks is not None and "flash_attn" in executors:
         from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
 
         if get_flash_attn_version() == 2:
             _refuse(
-                "FlashAttention 2, the executor flash_attn on this GPU, does not know attention sinks",
+                "FlashAttention 2, the executor flash_attn on this GPU, does not support attention sinks",
                 'Use the executor "triton".',
             )
 
@@ -93,9 +90,6 @@ def check_sinks(sinks: Any, executors: Any) -> None:
 def check_causal(step: Any) -> None:
     """Refuse a step (vLLM's CommonAttentionMetadata) that looks ahead. Raises NotImplementedError."""
     if step.causal is not True:
-        from vllm_power.metrics import names, writer
-
-        writer.refused(names.LOOKS_AHEAD)
         raise NotImplementedError("PowerAttention is causal: this batch asks for attention to later tokens")
 
 

@@ -5,12 +5,15 @@ over dummy steps: prompts of every size class, and decode batches of every size 
 written: the dummies see vLLM's null page and their output is thrown away.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vllm_power.executors import Part, PowerMetadata
+
 if TYPE_CHECKING:
-    from vllm_power.metadata import PowerMetadataBuilder
+    from vllm_power.gpu_backend import PowerMetadataBuilder
 
 
 def warm_up(builder: "PowerMetadataBuilder") -> None:
@@ -21,10 +24,10 @@ def warm_up(builder: "PowerMetadataBuilder") -> None:
         return
     longest = min(builder.block_size, builder.vllm_config.model_config.max_model_len)
     for tokens in _size_classes(builder.decode_len + 1, longest):
-        _attend(builder, layer, requests=1, tokens=tokens, is_decode=False)
+        _attend(builder, layer, requests=1, tokens=tokens, part_of=builder.prefill_part)
     for tokens in range(1, builder.decode_len + 1):
         for requests in _size_classes(1, builder.max_num_reqs):
-            _attend(builder, layer, requests, tokens, is_decode=True)
+            _attend(builder, layer, requests, tokens, part_of=builder.decode_part)
 
 
 def _size_classes(least: int, most: int) -> list[int]:
@@ -33,18 +36,17 @@ def _size_classes(least: int, most: int) -> list[int]:
     return sorted({min(least, most), *(step for step in steps if least <= step <= most), most})
 
 
-def _attend(builder: "PowerMetadataBuilder", layer: Any, requests: int, tokens: int, is_decode: bool) -> None:
+def _attend(
+    builder: "PowerMetadataBuilder", layer: Any, requests: int, tokens: int, part_of: Callable[..., Part]
+) -> None:
     """One layer's attention for ``requests`` new requests of ``tokens`` tokens each."""
-    from vllm_power.metadata import PowerMetadata
-
     device, total = builder.device, requests * tokens
-    part = builder.part(
+    part = part_of(
         torch.arange(0, total + 1, tokens, dtype=torch.int32, device=device),
         torch.full((requests,), tokens, dtype=torch.int32, device=device),
         torch.zeros(requests, builder.pages_of_a_request, dtype=torch.int32, device=device),
         total,
         tokens,
-        is_decode,
     )
     query = torch.zeros(total, layer.num_heads, layer.head_size, dtype=layer.dtype, device=device)
     layer.impl.forward(

@@ -1,6 +1,5 @@
 """The README's figures are those of the recorded rows."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -38,25 +37,6 @@ def test_the_last_of_equal_measurements_counts():
 def test_times_of_two_runs_are_never_compared():
     measured = [row("dense", 20.0), row("power", 8.0), row("power", 10.0, commit="def")]
     assert "2.00x" not in report.serve_table(measured)
-
-
-def test_auto_takes_the_faster_executor():
-    def kernel(impl, ms, bench, context):
-        return row(impl, ms, bench=bench, context=context, page=256, capability="9.0")
-
-    measured = [
-        *(kernel("power", ms, "prefill", context) for ms, context in ((1.0, 512), (2.0, 1024))),
-        *(kernel("plan_fa3", ms, "prefill", context) for ms, context in ((0.9, 512), (3.0, 1024))),
-        kernel("power", 2.0, "decode", 512),
-        kernel("plan_fa3", 1.0, "decode", 512),
-    ]
-    assert report.fastest(measured) == {"9.0": {"prefill": "triton", "decode": "flash_attn"}}
-    assert report.fastest([row("power", 1.0)]) == {}
-
-
-def test_the_executors_table_is_what_was_measured():
-    if choices := report.fastest(report.rows(FOLDER, "kernels")):
-        assert json.loads(report.FASTEST.read_text()) == choices, "run: vllm-power bench report"
 
 
 def test_a_mark_without_rows_stays_as_it_is(tmp_path):

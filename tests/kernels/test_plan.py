@@ -10,7 +10,7 @@ from support.paged import Request, Step, make_step
 
 from vllm_power.kernels.plan import Plan, VisibleBlocks, build_plan
 from vllm_power.kernels.reference import attention
-from vllm_power.pattern import NAMES, POWER, Pattern, preset
+from vllm_power.pattern import NAMES, POWER, Pattern, RowRule, preset
 
 
 def dense_over_plan(step: Step, plan: Plan, scale: float) -> torch.Tensor:
@@ -34,7 +34,16 @@ def check(step: Step, pattern: Pattern, merge_dense: bool) -> Plan:
     longest = max([1, *(request.length for request in step.requests)])
     visible = VisibleBlocks.of(pattern, longest)
     page_size = step.key_cache.shape[1]
-    plan = build_plan(step.query_start_loc, step.seq_lens, step.page_table, visible, page_size, merge_dense)
+    plan = build_plan(
+        step.query_start_loc,
+        step.seq_lens,
+        step.page_table,
+        visible,
+        page_size,
+        merge_dense,
+        step.rule,
+        step.prompt_lens if step.rule.has_dense_rows else None,
+    )
     assert plan.query_start_loc.dtype == plan.key_lens.dtype == plan.page_table.dtype == torch.int32
     expected = step.oracle(pattern, 0.25)
     torch.testing.assert_close(dense_over_plan(step, plan, 0.25), expected, rtol=1e-9, atol=1e-9)
@@ -55,18 +64,30 @@ def steps(draw) -> tuple[Step, Pattern]:
     new = st.one_of(
         st.just(1), st.integers(1, 8), near.map(lambda n: n % (4 * block)), st.integers(0, 3 * block)
     )
-    requests = draw(st.lists(st.builds(Request, lengths, new), min_size=1, max_size=4))
+    rule = RowRule(draw(st.sampled_from([0, 0, 1, block - 1, block, 3 * block])), draw(st.booleans()))
+    requests = draw(st.lists(st.builds(Request, lengths, new, lengths), min_size=1, max_size=4))
     requests = [request if request.new else Request(0, 0) for request in requests]
     if not any(request.new for request in requests):
         requests.append(Request(0, 1))
     seed = draw(st.integers(0, 1000))
-    return make_step(pattern, requests, page_size, heads=2, kv_heads=1, head_size=8, seed=seed), pattern
+    return make_step(
+        pattern, requests, page_size, heads=2, kv_heads=1, head_size=8, seed=seed, rule=rule
+    ), pattern
 
 
 @given(steps(), st.booleans())
 @settings(max_examples=120, deadline=None)
 def test_any_step_equals_the_oracle(step_and_pattern, merge_dense):
     check(*step_and_pattern, merge_dense)
+
+
+def test_dense_rows_are_one_segment_over_all_pages():
+    rule = RowRule(dense_tail=300, dense_decode=True)
+    requests = [Request(0, 3000, prompt=3000), Request(2900, 1, prompt=3000), Request(4000, 2, prompt=3500)]
+    plan = check(make_step(POWER, requests, 64, 2, 1, 8, rule=rule), POWER, merge_dense=True)
+    assert plan.query_start_loc.tolist() == [0, 1536, 1792, 2048, 2304, 2560, 2700, 3000, 3001, 3003]
+    assert plan.key_lens.tolist()[-3:] == [3000, 2901, 4002]
+    assert plan.page_table.shape[1] == -(-4002 // 64)
 
 
 BOUNDARIES = [1, 2, 255, 256, 257, 511, 513, 1535, 1536, 1537, 2047, 2049, 4095, 4097]

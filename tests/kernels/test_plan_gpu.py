@@ -6,7 +6,7 @@ from support.paged import Request, make_step
 
 from vllm_power.kernels.plan import VisibleBlocks, build_plan
 from vllm_power.kernels.plan_gpu import PlanBuilder
-from vllm_power.pattern import Pattern, preset
+from vllm_power.pattern import PATTERN_ROWS, Pattern, RowRule, preset
 
 BATCHES = {
     "one-token": [Request(0, 1)],
@@ -19,14 +19,24 @@ BATCHES = {
 }
 
 
-def check(pattern: Pattern, requests: list[Request], page_size: int, device: torch.device) -> None:
-    step = make_step(pattern, requests, page_size, heads=1, kv_heads=1, head_size=2)
+def check(
+    pattern: Pattern,
+    requests: list[Request],
+    page_size: int,
+    device: torch.device,
+    rule: RowRule = PATTERN_ROWS,
+) -> None:
+    step = make_step(pattern, requests, page_size, heads=1, kv_heads=1, head_size=2, rule=rule)
     visible = VisibleBlocks.of(pattern, 1100)
-    expected = build_plan(step.query_start_loc, step.seq_lens, step.page_table, visible, page_size)
+    prompt_lens = step.prompt_lens if rule.has_dense_rows else None
+    expected = build_plan(
+        step.query_start_loc, step.seq_lens, step.page_table, visible, page_size, False, rule, prompt_lens
+    )
     num_tokens = int(step.query_start_loc[-1])
     max_query_len = max(request.new for request in requests)
 
-    builder = PlanBuilder(VisibleBlocks.of(pattern, 1100, device), page_size, len(requests), num_tokens + 3)
+    visible = VisibleBlocks.of(pattern, 1100, device)
+    builder = PlanBuilder(visible, page_size, len(requests), num_tokens + 3, rule)
     wide = torch.cat([step.page_table, step.page_table], 1).to(
         device
     )  # a table whose row stride exceeds its width
@@ -36,6 +46,7 @@ def check(pattern: Pattern, requests: list[Request], page_size: int, device: tor
         wide[:, : step.page_table.shape[1]],
         num_tokens + 3,
         max_query_len,
+        None if prompt_lens is None else prompt_lens.to(device),
     )
     used = expected.num_segments
     assert plan.num_used.item() == used
@@ -44,7 +55,9 @@ def check(pattern: Pattern, requests: list[Request], page_size: int, device: tor
     assert (plan.query_start_loc[used:] == num_tokens).all()
     assert torch.equal(plan.key_lens.cpu()[:used], expected.key_lens)
     assert not plan.key_lens[used:].any()
-    assert torch.equal(plan.page_table.cpu()[:used], expected.page_table)
+    columns = expected.page_table.shape[1]
+    assert torch.equal(plan.page_table.cpu()[:used, :columns], expected.page_table)
+    assert not plan.page_table[:used, columns:].any()
     assert not plan.page_table[used:].any()
 
 
@@ -52,6 +65,20 @@ def check(pattern: Pattern, requests: list[Request], page_size: int, device: tor
 @pytest.mark.parametrize("page_size", [16, 64], ids="page-{}".format)
 def test_matches_the_torch_plan(batch: str, page_size: int, device: torch.device) -> None:
     check(Pattern(block_size=64), BATCHES[batch], page_size, device)
+
+
+# Prompts that end before, inside and after the new tokens.
+WITH_PROMPTS = [
+    Request(900, 1, 890), Request(900, 1, 901), Request(900, 1, 1000), Request(127, 4, 129), Request(127, 4, 131),
+    Request(0, 0, 7), Request(500, 130, 600), Request(500, 130, 630), Request(500, 130, 400), Request(0, 64, 64),
+    Request(64, 200, 700), Request(0, 1, 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("decode", [False, True], ids=["decode-pattern", "decode-dense"])
+@pytest.mark.parametrize("tail", [0, 1, 40, 64, 200, 2000], ids="tail-{}".format)
+def test_dense_rows(tail: int, decode: bool, device: torch.device) -> None:
+    check(Pattern(block_size=64), WITH_PROMPTS, 32, device, RowRule(tail, decode))
 
 
 @pytest.mark.parametrize("name", ["sliding_window", "stride_slash", "dilated", "longnet", "full"])

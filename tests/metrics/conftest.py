@@ -9,7 +9,7 @@ import pytest
 from support.shown import STAGE
 
 from vllm_power import compat
-from vllm_power.metrics import board, steps, writer
+from vllm_power.metrics import scheduler, shared_dir, writer
 from vllm_power.tools.bench.engine import IMPLS
 from vllm_power.tools.bench.scheduler_alone import SchedulerAlone, configuration
 
@@ -17,8 +17,8 @@ from vllm_power.tools.bench.scheduler_alone import SchedulerAlone, configuration
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """This process's folder for figures, new and empty."""
-    monkeypatch.setenv(board.VARIABLE, str(tmp_path))
-    monkeypatch.delenv(board.PROMETHEUS_VARIABLE, raising=False)
+    monkeypatch.setenv(shared_dir.VARIABLE, str(tmp_path))
+    monkeypatch.delenv(shared_dir.PROMETHEUS_VARIABLE, raising=False)
 
     def forget() -> None:
         writer._value.cache_clear()
@@ -32,15 +32,17 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Iterator[Callable[..., SchedulerAlone]]:
     """``engine(pages, options, **settings)``: vLLM's scheduler as in an engine with the backend, without a model."""
-    monkeypatch.setattr(steps, "SECONDS", 0)  # figures after every step
+    monkeypatch.setattr(scheduler, "SECONDS", 0)  # figures after every step
     with ExitStack() as stack:
 
         def start(pages: int, options: dict[str, Any] | None = None, **settings: Any) -> SchedulerAlone:
-            settings |= IMPLS["power"] | {"additional_config": {"power": options or {}}}
+            settings |= IMPLS["power"] | {
+                "additional_config": {"power": {"mode": "trained", **(options or {})}}
+            }
             config = stack.enter_context(configuration({}, **settings))
-            monkeypatch.setenv(board.VARIABLE, str(folder))  # the configuration made one of its own
-            board.post("stage-0-0", STAGE)
-            compat.count_steps(config)
+            monkeypatch.setenv(shared_dir.VARIABLE, str(folder))  # the configuration made one of its own
+            shared_dir.post("stage-0-0", STAGE)
+            compat.extend_scheduler(config, scheduler.CountedScheduler)
             return SchedulerAlone(config, pages)
 
         yield start

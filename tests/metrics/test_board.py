@@ -9,28 +9,28 @@ from pathlib import Path
 import pytest
 from support.shown import STAGE, figures
 
-from vllm_power.metrics import board, names, reader, stage, writer
+from vllm_power.metrics import collector, definitions, shared_dir, stages, writer
 
 ENGINE = {"model_name": "m", "engine": "0"}
 
 # A first process that opens the board, a child of vLLM's kind that finds it, and a server that the first one starts.
 FIRST = """
 import multiprocessing, subprocess, sys
-from vllm_power.metrics import board
+from vllm_power.metrics import shared_dir
 
 def child(queue):
-    queue.put(str(board.open_board()))
+    queue.put(str(shared_dir.open_board()))
 
 if __name__ == "__main__":
-    own = board.open_board()
-    assert board.open_board() == own
+    own = shared_dir.open_board()
+    assert shared_dir.open_board() == own
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     process = context.Process(target=child, args=(queue,))
     process.start()
     print(own, queue.get(timeout=60), sep="\\n", flush=True)
     process.join()
-    other = "from vllm_power.metrics import board; print(board.open_board())"
+    other = "from vllm_power.metrics import shared_dir; print(shared_dir.open_board())"
     subprocess.run([sys.executable, "-c", other], check=True)
 """
 
@@ -47,21 +47,21 @@ def test_children_inherit_the_folder_and_another_server_has_its_own(tmp_path: Pa
 
 
 def test_where_there_is_no_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv(board.PROMETHEUS_VARIABLE, raising=False)
+    monkeypatch.delenv(shared_dir.PROMETHEUS_VARIABLE, raising=False)
     for value in ("", str(tmp_path / "gone")):
-        monkeypatch.setenv(board.VARIABLE, value)
-        assert board.folder() is None
-        assert board.notes("stage-") == {}
-        board.post("stage-0-0", STAGE)
+        monkeypatch.setenv(shared_dir.VARIABLE, value)
+        assert shared_dir.folder() is None
+        assert shared_dir.notes("stage-") == {}
+        shared_dir.post("stage-0-0", STAGE)
         with pytest.raises(OSError, match="names no folder"):
-            reader.metrics()
+            collector.metrics()
 
 
 def test_vllms_own_folder_for_metrics_goes_first(folder: Path, tmp_path_factory, monkeypatch) -> None:
     """vLLM sets it where it has several API servers; each of them then shows all files in it."""
     vllms = tmp_path_factory.mktemp("metrics")
-    monkeypatch.setenv(board.PROMETHEUS_VARIABLE, str(vllms))
-    writer.value(names.TOKENS, ENGINE).add(3)
+    monkeypatch.setenv(shared_dir.PROMETHEUS_VARIABLE, str(vllms))
+    writer.value(definitions.TOKENS, ENGINE).add(3)
     assert [file.name for file in vllms.iterdir()] == [f"counter_power-{os.getpid()}.db"]
     assert not list(folder.iterdir())
     assert figures()["tokens_total"] == 3
@@ -70,43 +70,43 @@ def test_vllms_own_folder_for_metrics_goes_first(folder: Path, tmp_path_factory,
 def test_counters_add_up_over_processes_and_the_latest_gauge_counts(folder: Path) -> None:
     """As where a worker refuses a step and the engine counts: two processes, the same labels."""
     write = (
-        "import json, sys; from vllm_power.metrics import names, writer; labels = json.loads(sys.argv[1]);"
-        "writer.value(names.TOKENS, labels).add(40); writer.value(names.SEQUENCES_RUNNING, labels).set(7)"
+        "import json, sys; from vllm_power.metrics import definitions, writer; labels = json.loads(sys.argv[1]);"
+        "writer.value(definitions.TOKENS, labels).add(40); writer.value(definitions.SEQUENCES_RUNNING, labels).set(7)"
     )
-    writer.value(names.TOKENS, ENGINE).add(2)
-    writer.value(names.SEQUENCES_RUNNING, ENGINE).set(1)
+    writer.value(definitions.TOKENS, ENGINE).add(2)
+    writer.value(definitions.SEQUENCES_RUNNING, ENGINE).set(1)
     subprocess.run([sys.executable, "-c", write, json.dumps(ENGINE)], check=True)
     assert (figures()["tokens_total"], figures()["sequences_running"]) == (42, 7)
-    writer.value(names.SEQUENCES_RUNNING, ENGINE).set(0)
+    writer.value(definitions.SEQUENCES_RUNNING, ENGINE).set(0)
     assert figures()["sequences_running"] == 0
 
 
 def test_a_figure_is_one_place_in_a_process(folder: Path) -> None:
-    writer.value(names.TOKENS, ENGINE).add(2)
-    writer.value(names.TOKENS, ENGINE).add(2)
+    writer.value(definitions.TOKENS, ENGINE).add(2)
+    writer.value(definitions.TOKENS, ENGINE).add(2)
     assert figures()["tokens_total"] == 4
 
 
 def test_a_damaged_file_leaves_our_metrics_out_and_no_more(folder: Path) -> None:
     (folder / "counter_power-1.db").write_bytes(b"?")
-    collector = reader.FiguresCollector()
-    assert list(collector.collect()) == []
-    assert collector.failed
+    metrics = collector.MetricsCollector()
+    assert list(metrics.collect()) == []
+    assert metrics.failed
 
 
 def test_a_stage_is_missing(folder: Path) -> None:
-    board.post("stage-0-1", STAGE)
-    unknown = stage.whole("0", num_stages=2)
+    shared_dir.post("stage-0-1", STAGE)
+    unknown = stages.whole("0", num_stages=2)
     assert (unknown["layers"], unknown["executor"]) == (None, "unknown")
 
 
 def test_stages_are_put_together(folder: Path) -> None:
     """Pipeline parallelism: a stage has no layer that runs the pattern, so no executor. Another engine has its own."""
     dense = {"sparse": [], "dense": [4, 5], "sliding_window": [6]}
-    board.post("stage-0-0", STAGE)
-    board.post("stage-0-1", STAGE | {"layers": dense, "executor": None})
-    board.post("stage-1-0", STAGE)
-    found = stage.whole("0", num_stages=2)
+    shared_dir.post("stage-0-0", STAGE)
+    shared_dir.post("stage-0-1", STAGE | {"layers": dense, "executor": None})
+    shared_dir.post("stage-1-0", STAGE)
+    found = stages.whole("0", num_stages=2)
     assert found["layers"] == {"sparse": [1, 2, 3], "dense": [0, 4, 5], "sliding_window": [6]}
     assert found["executor"] == "triton"
 
@@ -117,6 +117,6 @@ def test_a_refused_step_is_counted(folder: Path, monkeypatch) -> None:
     from vllm_power import refusals
 
     monkeypatch.setattr(writer, "_engine", ENGINE)
-    with pytest.raises(NotImplementedError, match="causal"):
+    with pytest.raises(NotImplementedError, match="causal"), writer.counted(definitions.LOOKS_AHEAD):
         refusals.check_causal(SimpleNamespace(causal=False))
     assert figures()["refusals_total.looks_ahead"] == 1

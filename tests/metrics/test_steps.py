@@ -11,8 +11,9 @@ from support.shown import STAGE, figures
 from vllm.platforms import current_platform
 
 from vllm_power import compat
-from vllm_power.metrics import board, names, steps
+from vllm_power.metrics import definitions, scheduler, shared_dir
 from vllm_power.pattern import Pattern, preset
+from vllm_power.prefix_hashes import RowRuleScheduler
 from vllm_power.tools.bench.engine import IMPLS
 from vllm_power.tools.bench.scheduler_alone import SchedulerAlone, configuration
 
@@ -115,7 +116,7 @@ def test_figures_wait_while_sequences_run_and_are_exact_after(
     engine: Callable[..., SchedulerAlone], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alone = engine(500, **SETTINGS)
-    monkeypatch.setattr(steps, "SECONDS", 3600)
+    monkeypatch.setattr(scheduler, "SECONDS", 3600)
     alone.add([5] * 100, 20)
     alone.step()
     first = figures()
@@ -147,7 +148,7 @@ def test_serving_goes_on_when_counting_fails(
 def test_serving_goes_on_without_a_folder(
     engine: Callable[..., SchedulerAlone], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(board, "metrics_folder", lambda: None)
+    monkeypatch.setattr(shared_dir, "metrics_folder", lambda: None)
     alone = engine(500, **SETTINGS)
     assert alone.vllm.power_steps is None
     alone.add([5] * 100, 3)
@@ -159,7 +160,7 @@ def test_workers_that_are_not_heard(
     engine: Callable[..., SchedulerAlone], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Their layers are unknown and not counted: no zeros in their place."""
-    monkeypatch.setattr(board, "notes", lambda prefix: {})
+    monkeypatch.setattr(shared_dir, "notes", lambda prefix: {})
     alone = engine(500, **SETTINGS)
     alone.add([5] * 100, 3)
     alone.step()
@@ -174,7 +175,7 @@ def test_a_model_without_a_layer_for_it_is_refused_whatever_its_stages(
     """A worker of a pipeline sees its own stage alone, and must let one without a sparse layer pass."""
     windows = {"sparse": [], "dense": [], "sliding_window": [0, 1]}
     note = {"layers": windows, "executor": None, "page_size": 256, "reclamation": "on"}
-    monkeypatch.setattr(board, "notes", lambda prefix: {"stage-0-0": note})
+    monkeypatch.setattr(shared_dir, "notes", lambda prefix: {"stage-0-0": note})
     with pytest.raises(ValueError, match="none of the 2 attention layers"):
         engine(500, **SETTINGS)
 
@@ -184,7 +185,7 @@ def test_reclamation_is_on_where_a_cache_reclaims(engine: Callable[..., Schedule
     told = []
     for options in ({}, {"reclaim": False}):
         engine(500, options, **SETTINGS)
-        told.append(board.notes("engine-")["engine-0"]["reclamation"])
+        told.append(shared_dir.notes("engine-")["engine-0"]["reclamation"])
     assert told[0] == "on"
     assert "no layer has" in told[1]
 
@@ -192,9 +193,9 @@ def test_reclamation_is_on_where_a_cache_reclaims(engine: Callable[..., Schedule
 def test_a_schedulers_class_is_wrapped_once(engine: Callable[..., SchedulerAlone]) -> None:
     config = engine(500, **SETTINGS).vllm.vllm_config
     first = config.scheduler_config.get_scheduler_cls()
-    compat.count_steps(config)
+    compat.extend_scheduler(config, scheduler.CountedScheduler)
     assert config.scheduler_config.get_scheduler_cls() is first
-    assert first.__mro__[1] is steps.CountedScheduler
+    assert first.__mro__[1] is scheduler.CountedScheduler
     assert first.__mro__[2].__module__.startswith("vllm.v1.core.sched")
 
 
@@ -214,7 +215,7 @@ def test_a_decode_step_is_counted_in_no_time(engine: Callable[..., SchedulerAlon
 def test_names_are_those_that_are_written(engine: Callable[..., SchedulerAlone]) -> None:
     engine(500, **SETTINGS)
     written = {name.split(".")[0] for name in figures()}
-    assert written == {figure.name.removeprefix("vllm_power_") for figure in names.ALL}
+    assert written == {figure.name.removeprefix("vllm_power_") for figure in definitions.ALL}
 
 
 @pytest.mark.parametrize("counts", [True, False], ids=["power", "another backend"])
@@ -222,5 +223,6 @@ def test_only_an_engine_with_the_backend_counts(counts: bool, folder: Path) -> N
     """By the hook that vLLM calls in the engine's process before it makes a scheduler."""
     with configuration(IMPLS["power"] if counts else {}, **SETTINGS) as config:
         current_platform.register_custom_kv_cache_specs(config)
-        scheduler = config.scheduler_config.get_scheduler_cls()
-        assert issubclass(scheduler, steps.CountedScheduler) == counts
+        found = config.scheduler_config.get_scheduler_cls()
+        assert issubclass(found, scheduler.CountedScheduler) == counts
+        assert issubclass(found, RowRuleScheduler) == counts

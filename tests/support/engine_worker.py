@@ -41,8 +41,13 @@ class Worker:
         self._running: tuple[Any, ...] | None = None
 
     def start(self, model: Path, **settings: Any) -> "Worker":
-        """Have an engine with exactly these settings (over ``SETTINGS``), the running one where it has them."""
-        wanted = (str(model), SETTINGS | settings)
+        """Have an engine with exactly these settings (over ``SETTINGS``), the running one where it has them.
+
+        The random models are served as trained ones unless the settings name another mode.
+        """
+        given = dict(settings.get("additional_config") or {})
+        given["power"] = {"mode": "trained", **given.get("power", {})}
+        wanted = (str(model), SETTINGS | settings | {"additional_config": given})
         if wanted != self._running:
             self._running = None
             self._ask("start", wanted)

@@ -5,17 +5,21 @@ from dataclasses import dataclass
 import torch
 
 from vllm_power.kernels.reference import attention, visibility_mask
-from vllm_power.pattern import Pattern
+from vllm_power.pattern import PATTERN_ROWS, Pattern, RowRule
 
 NAN = float("nan")
 
 
 @dataclass
 class Request:
-    """A request in a step: ``computed`` tokens are in the cache already, ``new`` ones are computed now."""
+    """A request in a step: ``computed`` tokens are in the cache already, ``new`` ones are computed now.
+
+    prompt: its prompt tokens, which matter only under a rule with dense rows.
+    """
 
     computed: int
     new: int
+    prompt: int = 0
 
     @property
     def length(self) -> int:
@@ -39,6 +43,12 @@ class Step:
     value_cache: torch.Tensor
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
+    rule: RowRule = PATTERN_ROWS
+
+    @property
+    def prompt_lens(self) -> torch.Tensor:
+        """int32 [R]"""
+        return torch.tensor([request.prompt for request in self.requests], dtype=torch.int32)
 
     @property
     def kv_cache(self) -> torch.Tensor:
@@ -61,7 +71,7 @@ class Step:
             if not request.new:
                 continue
             positions = torch.arange(request.computed, request.length)
-            mask = visibility_mask(pattern, positions, request.length)
+            mask = visibility_mask(pattern, positions, request.length, self.rule, request.prompt)
             query = self.query[start : start + request.new]
             outputs.append(
                 attention(query.to(dtype), key.to(dtype), value.to(dtype), mask, scale, soft_cap, sinks)
@@ -78,6 +88,7 @@ def make_step(
     head_size: int = 16,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    rule: RowRule = PATTERN_ROWS,
 ) -> Step:
     """A step with random contents. Every page that the pattern hides from all new queries, and every position past a
     request's length, is NaN in both caches; page 0 (vLLM's null page) too."""
@@ -105,6 +116,8 @@ def make_step(
         visible = (
             {k for q in range(first, last + 1) for k in pattern.visible_blocks(q)} if request.new else set()
         )
+        if any(rule.sees_everything(p, request.prompt) for p in range(request.computed, request.length)):
+            visible = set(range(pattern.num_blocks(request.length)))
         for position in range(0, request.length, page_size):
             if position // pattern.block_size in visible:
                 page = own[position // page_size]
@@ -122,4 +135,5 @@ def make_step(
         value_cache=caches[1],
         keys=keys,
         values=values,
+        rule=rule,
     )

@@ -24,6 +24,7 @@ def start(model: Path, log: Path) -> Iterator[Server]:
     with serve(
         model,
         "--attention-backend=power",
+        "--additional-config.power.mode=trained",
         "--dtype=float32",
         f"--max-model-len={MAX_MODEL_LEN}",
         f"--max-num-batched-tokens={CHUNK}",

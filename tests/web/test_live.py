@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from vllm_power import options
-from vllm_power.metrics import board, names, writer
+from vllm_power.metrics import definitions, shared_dir, writer
 from vllm_power.options import PowerOptions
 from vllm_power.tools.web import routes
 from vllm_power.tools.web.live import Engine
@@ -26,8 +26,8 @@ NOTE = {
 @pytest.fixture
 def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A server of two engines that has not heard of them yet."""
-    monkeypatch.setenv(board.VARIABLE, str(tmp_path))
-    monkeypatch.delenv(board.PROMETHEUS_VARIABLE, raising=False)
+    monkeypatch.setenv(shared_dir.VARIABLE, str(tmp_path))
+    monkeypatch.delenv(shared_dir.PROMETHEUS_VARIABLE, raising=False)
     monkeypatch.setattr(options, "of_config", lambda config: PowerOptions(dense_layers=[0]))
     writer._value.cache_clear()
     writer._file.cache_clear()
@@ -45,10 +45,10 @@ def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def report(engine: int, tokens: int, counting: int = 1) -> None:
     labels = {"model_name": "m", "engine": str(engine)}
-    writer.value(names.COUNTING, labels).set(counting)
-    writer.value(names.TOKENS, labels).add(tokens)
-    writer.value(names.LAYER_EXECUTIONS, labels | {"attention": "sparse"}).add(2 * tokens)
-    board.post(f"engine-{engine}", NOTE)
+    writer.value(definitions.COUNTING, labels).set(counting)
+    writer.value(definitions.TOKENS, labels).add(tokens)
+    writer.value(definitions.LAYER_EXECUTIONS, labels | {"attention": "sparse"}).add(2 * tokens)
+    shared_dir.post(f"engine-{engine}", NOTE)
 
 
 def test_an_engine_that_is_not_heard_is_no_engine_at_zero(client):

@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from support.dashboards import ROOT, RULES
 
-from vllm_power.metrics import names
+from vllm_power.metrics import definitions
 from vllm_power.tools.web import routes
 
 TEXT = (ROOT / "docs" / "monitoring.md").read_text()
@@ -44,7 +44,7 @@ def said(file: Path, function: str) -> set[str]:
 def test_metrics():
     rows = {
         (f"`{figure.name}`", figure.kind, ", ".join(f"`{label}`" for label in figure.labels), figure.help)
-        for figure in names.ALL
+        for figure in definitions.ALL
     }
     assert {tuple(row) for row in table("metric")} == rows
 

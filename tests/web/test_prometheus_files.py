@@ -9,9 +9,9 @@ import pytest
 from support.dashboards import DASHBOARDS, METRIC, ROOT, RULES, all_expressions, panels
 from support.programs import program
 
-from vllm_power.metrics import names
+from vllm_power.metrics import definitions
 
-OURS = {figure.name for figure in names.ALL}
+OURS = {figure.name for figure in definitions.ALL}
 
 
 def promtool(*arguments: str | Path) -> None:
@@ -67,7 +67,7 @@ def test_only_metrics_that_there_are():
 
 
 def test_names_follow_the_conventions():
-    for figure in names.ALL:
+    for figure in definitions.ALL:
         assert re.fullmatch(r"vllm_power_[a-z_]+", figure.name)
         assert figure.name.endswith("_total") == (figure.kind == "counter")
         assert figure.help.endswith((".", ")."))

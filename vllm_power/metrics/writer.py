@@ -5,15 +5,15 @@ A value is a place in a memory-mapped file: setting it takes about a microsecond
 
 import os
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import TYPE_CHECKING
 
 from prometheus_client.mmap_dict import MmapedDict, mmap_key
 
-from vllm_power.metrics import board
-from vllm_power.metrics.names import REFUSALS, Figure
+from vllm_power.metrics import shared_dir
+from vllm_power.metrics.definitions import REFUSALS, Metric
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -53,7 +53,7 @@ def common_labels(vllm_config: "VllmConfig") -> dict[str, str]:
     }
 
 
-def value(figure: Figure, labels: Mapping[str, str]) -> Value:
+def value(figure: Metric, labels: Mapping[str, str]) -> Value:
     """The place for ``figure``, at 0 when it is new. Raises OSError without a folder to write to.
 
     labels: the common ones and the figure's.
@@ -73,11 +73,16 @@ def work_for(vllm_config: "VllmConfig") -> None:
     _engine = common_labels(vllm_config)
 
 
-def refused(reason: str) -> None:
-    """Count a refusal. Raises nothing: the error that follows matters more."""
-    if _engine is not None:
-        with suppress(OSError):
-            value(REFUSALS, _engine | {"reason": reason}).add(1)
+@contextmanager
+def counted(reason: str) -> Iterator[None]:
+    """Count a refusal, an error that leaves this block. An error in counting matters less and is dropped."""
+    try:
+        yield
+    except Exception:
+        if _engine is not None:
+            with suppress(OSError):
+                value(REFUSALS, _engine | {"reason": reason}).add(1)
+        raise
 
 
 @cache
@@ -87,7 +92,9 @@ def _value(kind: str, key: str, pid: int) -> Value:
 
 @cache
 def _file(kind: str, pid: int) -> MmapedDict:
-    place = board.metrics_folder()
+    place = shared_dir.metrics_folder()
     if place is None:
-        raise FileNotFoundError(f"{board.VARIABLE} names no folder: there is nowhere to write figures to")
+        raise FileNotFoundError(
+            f"{shared_dir.VARIABLE} names no folder: there is nowhere to write figures to"
+        )
     return MmapedDict(str(place / f"{PREFIXES[kind]}_power-{pid}.db"))

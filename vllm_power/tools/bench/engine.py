@@ -40,10 +40,10 @@ TINY = QWEN2_7B | {
     "vocab_size": 1024,
 }
 IMPLS: dict[str, dict[str, Any]] = {
-    "power": {"attention_backend": "power"},
+    "power": {"attention_backend": "power", "additional_config": {"power": {"mode": "trained"}}},
     "power_no_reclaim": {
         "attention_backend": "power",
-        "additional_config": {"power": {"reclaim": False}},
+        "additional_config": {"power": {"mode": "trained", "reclaim": False}},
     },
     "dense": {"attention_backend": "FLASH_ATTN"},
 }

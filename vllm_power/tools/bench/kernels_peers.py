@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 import torch
 
-from vllm_power.kernels.arguments import split_cache
 from vllm_power.kernels.decode import decode
+from vllm_power.kernels.kv_layout import split_cache
 from vllm_power.kernels.plan import VisibleBlocks
 from vllm_power.kernels.prefill import prefill
 from vllm_power.pattern import POWER

@@ -1,12 +1,9 @@
 """``vllm-power bench report``: README tables, plots in docs/results and the table of executors, from recorded rows."""
 
-import json
 import re
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 
-from vllm_power.executors import FASTEST
 from vllm_power.tools.bench import report_memory
 from vllm_power.tools.bench.engine import say
 from vllm_power.tools.common.plots import pyplot, save
@@ -143,35 +140,14 @@ def plot_rates(folder: Path) -> Path:
     return save(figure, folder / "kernels-rates.svg")
 
 
-def fastest(measured: list[Row]) -> dict[str, dict[str, str]]:
-    """{compute capability: {"prefill": executor, "decode": executor}}: the faster one, by the geometric mean of the
-    ratios over all works of the last run on each kind of GPU, on the largest page."""
-    executors = {"power": "triton", "plan_fa3": "flash_attn"}
-    table: dict[str, dict[str, str]] = {}
-    for capability in sorted({row["capability"] for row in measured if row.get("capability")}):
-        rows_of = last_run([row for row in measured if row.get("capability") == capability])
-        page = max(row["page"] for row in rows_of if "page" in row)
-        times = latest([row for row in rows_of if row.get("page") == page and row["impl"] in executors])
-        for bench in ("prefill", "decode"):
-            works = {key[:3] for key in times if key[0] == bench}
-            pairs = [(times.get((*work, "power")), times.get((*work, "plan_fa3"))) for work in works]
-            ratios = [theirs / ours for ours, theirs in pairs if ours and theirs]
-            if ratios:
-                winner = "power" if statistics.geometric_mean(ratios) >= 1 else "plan_fa3"
-                table.setdefault(capability, {})[bench] = executors[winner]
-    return table
-
-
 def main(page: Path = Path("README.md"), folder: Path = Path("docs/results")) -> int:
-    """Draw the tables of ``page`` and the plots anew, and write down which executor ``auto`` takes.
+    """Draw the tables of ``page`` and the plots again from the recorded rows.
 
     Returns 0, or 1 where there is no ``page`` or ``folder``.
     """
     if missing := [str(path) for path in (page, folder) if not path.exists()]:
         say(f"bench report: there is no {' and no '.join(missing)} here; run it in a checkout of vllm-power.")
         return 1
-    if choices := fastest(rows(folder, "kernels")):
-        FASTEST.write_text(json.dumps(choices) + "\n")
     page.write_text(filled(page.read_text(), folder))
     for name in PLOTS:
         if rows(folder, name):

@@ -20,6 +20,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from vllm_power import compat, kv_cache
+from vllm_power.metrics.scheduler import CountedScheduler
 from vllm_power.tools.bench.engine import TINY, model_folder
 
 PAGE = 256
@@ -48,7 +49,8 @@ class SchedulerAlone:
         if not full_attention:
             kv_cache.configure(config)
             spec = kv_cache.customize_spec(spec)
-            compat.count_steps(config)  # as in a server; holds for schedulers made from ``config`` later, too
+            # As in a server. It holds for schedulers made from ``config`` later, too.
+            compat.extend_scheduler(config, CountedScheduler)
         config.cache_config.num_gpu_blocks = pages
         self.caching = config.cache_config.enable_prefix_caching
         self.vllm: Any = config.scheduler_config.get_scheduler_cls()(

@@ -80,7 +80,7 @@ class Layer:
                 attention_backend=self.backend,
                 block_size=self.page_size,
                 max_model_len=shape.max_model_len,
-                additional_config={"power": self.options},
+                additional_config={"power": {"mode": "trained", **self.options}},
             ).create_engine_config()
         dtype = getattr(torch, shape.dtype)
         name = "model.layers.0.self_attn.attn"

@@ -4,7 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from vllm_power.plugin import TESTED, check_version
+from vllm_power.options import TESTED
+from vllm_power.plugin import check_version
 from vllm_power.tools.doctor.machine import Machine
 
 OLDEST_PYTHON, NEWEST_PYTHON = (3, 11), (3, 14)

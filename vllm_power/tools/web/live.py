@@ -5,8 +5,7 @@ from typing import TYPE_CHECKING, Any
 from prometheus_client import Metric
 
 from vllm_power import options
-from vllm_power.metrics import board, names, reader
-from vllm_power.metrics.names import Figure
+from vllm_power.metrics import collector, definitions, shared_dir
 from vllm_power.tools.web.drawing import describe
 from vllm_power.tools.web.routes import Unavailable
 
@@ -27,7 +26,7 @@ class Engine:
         model = self.vllm_config.model_config
         pattern = describe(asked.effective_pattern)
         given = asked.model_dump()
-        heard = self.heard = self.heard or next(iter(board.notes("engine-").values()), None)
+        heard = self.heard = self.heard or next(iter(shared_dir.notes("engine-").values()), None)
         layers = heard and heard["layers"]
         return {
             "model": str(model.served_model_name),
@@ -47,45 +46,45 @@ class Engine:
         Counters run from the engine's start. Blocks: see ``figures.names``.
         """
         try:
-            metrics = {metric.name: metric for metric in reader.metrics()}
+            metrics = {metric.name: metric for metric in collector.metrics()}
         except OSError as error:
             raise Unavailable(f"the engine's figures can not be read: {error}") from None
-        counting = metrics.get(names.COUNTING.name)
+        counting = metrics.get(definitions.COUNTING.name)
         if counting is None or not counting.samples:
             raise Unavailable(NO_ENGINE_HEARD)
         if not all(sample.value for sample in counting.samples):
             raise Unavailable("an engine has stopped counting after an error, which its log shows")
         parallel = self.vllm_config.parallel_config
-        executions = _by(metrics, names.LAYER_EXECUTIONS, "attention")
+        executions = _by(metrics, definitions.LAYER_EXECUTIONS, "attention")
         return {
             "engines": {"heard": len(counting.samples), "of": parallel.data_parallel_size},
-            "tokens": _sum(metrics, names.TOKENS),
-            "blocks_read": _sum(metrics, names.BLOCKS_READ),
-            "blocks_skipped": _sum(metrics, names.BLOCKS_SKIPPED),
-            "sequences_running": _sum(metrics, names.SEQUENCES_RUNNING),
-            "kv_blocks_live": _sum(metrics, names.KV_BLOCKS_LIVE),
-            "kv_blocks_capacity": _sum(metrics, names.KV_BLOCKS_CAPACITY),
-            "kv_blocks_reclaimed": _sum(metrics, names.KV_BLOCKS_RECLAIMED),
+            "tokens": _sum(metrics, definitions.TOKENS),
+            "blocks_read": _sum(metrics, definitions.BLOCKS_READ),
+            "blocks_skipped": _sum(metrics, definitions.BLOCKS_SKIPPED),
+            "sequences_running": _sum(metrics, definitions.SEQUENCES_RUNNING),
+            "kv_blocks_live": _sum(metrics, definitions.KV_BLOCKS_LIVE),
+            "kv_blocks_capacity": _sum(metrics, definitions.KV_BLOCKS_CAPACITY),
+            "kv_blocks_reclaimed": _sum(metrics, definitions.KV_BLOCKS_RECLAIMED),
             "executions": executions or None,
-            "refusals": _by(metrics, names.REFUSALS, "reason"),
+            "refusals": _by(metrics, definitions.REFUSALS, "reason"),
         }
 
 
 NO_ENGINE_HEARD = "no engine shares its figures with this process: it is on another host, or its log says why"
 
 
-def _samples(metrics: dict[str, Metric], figure: Figure) -> list[Any]:
-    metric = metrics.get(figure.name.removesuffix("_total") if figure.kind == "counter" else figure.name)
+def _samples(metrics: dict[str, Metric], defined: definitions.Metric) -> list[Any]:
+    metric = metrics.get(defined.name.removesuffix("_total") if defined.kind == "counter" else defined.name)
     return metric.samples if metric else []
 
 
-def _sum(metrics: dict[str, Metric], figure: Figure) -> int:
-    return int(sum(sample.value for sample in _samples(metrics, figure)))
+def _sum(metrics: dict[str, Metric], defined: definitions.Metric) -> int:
+    return int(sum(sample.value for sample in _samples(metrics, defined)))
 
 
-def _by(metrics: dict[str, Metric], figure: Figure, label: str) -> dict[str, int]:
-    """The figure's values by ``label``, added up over engines."""
+def _by(metrics: dict[str, Metric], defined: definitions.Metric, label: str) -> dict[str, int]:
+    """A metric's values by ``label``, added up over engines."""
     found: dict[str, int] = {}
-    for sample in _samples(metrics, figure):
+    for sample in _samples(metrics, defined):
         found[sample.labels[label]] = found.get(sample.labels[label], 0) + int(sample.value)
     return found

@@ -23,7 +23,7 @@ class PowerEndpoints:
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """``state`` is the app's; without an engine (vLLM's render server) or another backend it has no view."""
-        from vllm_power.platform import is_selected
+        from vllm_power.layers import is_selected
         from vllm_power.tools.web import planner
         from vllm_power.tools.web.live import Engine
 

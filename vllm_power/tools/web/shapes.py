@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from vllm_power.dense_layers import indices
+from vllm_power.options import indices
 
 FILE = Path(__file__).with_name("models.json")
 

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from vllm.logger import init_logger
 
 from vllm_power import options, refusals
-from vllm_power.metrics import board, names, stage, writer
-from vllm_power.metrics.names import Figure
+from vllm_power.layers import SPARSE
+from vllm_power.metrics import definitions, shared_dir, stages, writer
+from vllm_power.metrics.definitions import Metric
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -29,7 +30,7 @@ SECONDS = 0.1
 
 
 class CountedScheduler:
-    """Stands before the class of vLLM's scheduler in use (``compat.count_steps``)."""
+    """Stands before the class of vLLM's scheduler in use (``compat.extend_scheduler``)."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -41,7 +42,7 @@ class CountedScheduler:
         # A stage of a pipeline may have no layer for the pattern; here all stages are known.
         if self.power_steps is not None and self.power_steps.layers is not None:
             numbers = {kind: len(indices) for kind, indices in self.power_steps.layers.items()}
-            refusals.check_any_layer(numbers[names.SPARSE], sum(numbers.values()))
+            refusals.check_any_layer(numbers[SPARSE], sum(numbers.values()))
 
     def update_from_output(self, scheduler_output: "SchedulerOutput", *args: Any, **kwargs: Any) -> Any:
         outputs = super().update_from_output(scheduler_output, *args, **kwargs)  # type: ignore[misc]
@@ -64,29 +65,31 @@ class StepCounter:
         self.visible = pattern.visible_counts(pattern.num_blocks(max_model_len) + 2)
         self.visible_before = [0, *accumulate(self.visible)]
 
-        self.counting = self._value(names.COUNTING)  # 0 until all is there
+        self.counting = self._value(definitions.COUNTING)  # 0 until all is there
         self.steps = self.tokens = self.read = self.skipped = 0
         self.due = 0.0  # when the figures are to be written again
         self.values = {
             figure: self._value(figure)
             for figure in (
-                names.TOKENS,
-                names.BLOCKS_READ,
-                names.BLOCKS_SKIPPED,
-                names.SEQUENCES_RUNNING,
-                names.KV_BLOCKS_LIVE,
-                names.KV_BLOCKS_RECLAIMED,
+                definitions.TOKENS,
+                definitions.BLOCKS_READ,
+                definitions.BLOCKS_SKIPPED,
+                definitions.SEQUENCES_RUNNING,
+                definitions.KV_BLOCKS_LIVE,
+                definitions.KV_BLOCKS_RECLAIMED,
             )
         }
-        self._value(names.KV_BLOCKS_CAPACITY).set(self.pool.num_gpu_blocks - 1)  # without the null block
-        self._value(names.RECLAMATION_REQUESTED).set(asked.reclaim)
-        self._value(names.REFUSALS, reason=names.LOOKS_AHEAD)
+        self._value(definitions.KV_BLOCKS_CAPACITY).set(
+            self.pool.num_gpu_blocks - 1
+        )  # without the null block
+        self._value(definitions.RECLAMATION_REQUESTED).set(asked.reclaim)
+        self._value(definitions.REFUSALS, reason=definitions.LOOKS_AHEAD)
         self.managers = [
             manager
             for manager in scheduler.kv_cache_manager.coordinator.single_type_managers
             if hasattr(manager, "num_reclaimed")
         ]
-        self._value(names.RECLAMATION_ENABLED).set(bool(self.managers))
+        self._value(definitions.RECLAMATION_ENABLED).set(bool(self.managers))
         self.executions: list[tuple[writer.Value, int]] = []
         self.layers: dict[str, list[int]] | None = None  # of all stages, where they are known
         self._introduce(vllm_config, asked)
@@ -117,12 +120,12 @@ class StepCounter:
     def _write(self, running: int) -> None:
         """Show what was counted so far, and the state after this step."""
         shown = {
-            names.TOKENS: self.tokens,
-            names.BLOCKS_READ: self.read,
-            names.BLOCKS_SKIPPED: self.skipped,
-            names.SEQUENCES_RUNNING: running,
-            names.KV_BLOCKS_LIVE: self.pool.num_gpu_blocks - 1 - self.pool.get_num_free_blocks(),
-            names.KV_BLOCKS_RECLAIMED: sum(manager.num_reclaimed for manager in self.managers),
+            definitions.TOKENS: self.tokens,
+            definitions.BLOCKS_READ: self.read,
+            definitions.BLOCKS_SKIPPED: self.skipped,
+            definitions.SEQUENCES_RUNNING: running,
+            definitions.KV_BLOCKS_LIVE: self.pool.num_gpu_blocks - 1 - self.pool.get_num_free_blocks(),
+            definitions.KV_BLOCKS_RECLAIMED: sum(manager.num_reclaimed for manager in self.managers),
         }
         for figure, number in shown.items():
             self.values[figure].set(number)
@@ -156,15 +159,15 @@ class StepCounter:
 
     def _introduce(self, vllm_config: "VllmConfig", asked: options.PowerOptions) -> None:
         """Say what runs, by what the workers found in the model that they built (``stage``)."""
-        found = stage.whole(self.engine, vllm_config.parallel_config.pipeline_parallel_size)
+        found = stages.whole(self.engine, vllm_config.parallel_config.pipeline_parallel_size)
         self.layers = found["layers"]
         for kind, indices in (found["layers"] or {}).items():
-            self._value(names.LAYERS, attention=kind).set(len(indices))
-            self.executions.append((self._value(names.LAYER_EXECUTIONS, attention=kind), len(indices)))
+            self._value(definitions.LAYERS, attention=kind).set(len(indices))
+            self.executions.append((self._value(definitions.LAYER_EXECUTIONS, attention=kind), len(indices)))
         requested = asked.dense_layer_indices(vllm_config.model_config.get_total_num_hidden_layers())
-        self._value(names.DENSE_LAYERS_REQUESTED).set(len(requested))
+        self._value(definitions.DENSE_LAYERS_REQUESTED).set(len(requested))
         self._value(
-            names.INFO,
+            definitions.INFO,
             version=version("vllm-power"),
             pattern=str(asked.effective_pattern),
             executor=found["executor"],
@@ -175,7 +178,7 @@ class StepCounter:
             found["reclamation"] = "on"
         elif found["reclamation"] == "on":  # what the configuration allows; the cache has the last word
             found["reclamation"] = "no layer has a KV cache of the kind that gives blocks back"
-        board.post(f"engine-{self.engine}", found)
+        shared_dir.post(f"engine-{self.engine}", found)
 
-    def _value(self, figure: Figure, **labels: str) -> writer.Value:
+    def _value(self, figure: Metric, **labels: str) -> writer.Value:
         return writer.value(figure, self.labels | labels)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 # For the processes of a server among themselves, not for users.
-VARIABLE = "POWER_FIGURES_DIR"
+VARIABLE = "POWER_METRICS_DIR"
 # Set by vLLM where it has several API servers, before it starts them; or by a user.
 PROMETHEUS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 

@@ -7,12 +7,12 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 from vllm.logger import init_logger
 
-from vllm_power.metrics import board
+from vllm_power.metrics import shared_dir
 
 logger = init_logger("vllm.power")
 
 
-class FiguresCollector(Collector):
+class MetricsCollector(Collector):
     """Our metrics for prometheus_client: read anew at every scrape. Errors are logged once and leave them out."""
 
     def __init__(self) -> None:
@@ -32,9 +32,9 @@ class FiguresCollector(Collector):
 
 def metrics() -> list[Metric]:
     """Our metrics now. Raises OSError where they can not be read."""
-    place = board.metrics_folder()
+    place = shared_dir.metrics_folder()
     if place is None:
-        raise FileNotFoundError(f"{board.VARIABLE} names no folder: this process knows no figures")
+        raise FileNotFoundError(f"{shared_dir.VARIABLE} names no folder: this process knows no figures")
     try:
         found = list(MultiProcessCollector(None, str(place)).collect())
     except Exception as error:  # what a file that is not whole makes of prometheus_client
@@ -42,12 +42,12 @@ def metrics() -> list[Metric]:
     return [metric for metric in found if metric.name.startswith("vllm_power_")]
 
 
-_collector: FiguresCollector | None = None
+_collector: MetricsCollector | None = None
 
 
 def join_metrics() -> None:
     """Show our metrics on this process's /metrics. With several API servers vLLM's own reads the files itself."""
     global _collector
-    if _collector is None and board.metrics_folder() == board.folder():
-        _collector = FiguresCollector()
+    if _collector is None and shared_dir.metrics_folder() == shared_dir.folder():
+        _collector = MetricsCollector()
         REGISTRY.register(_collector)

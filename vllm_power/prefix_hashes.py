@@ -1,0 +1,67 @@
+"""Prefix caching under a rule with dense rows: an answer never depends on the state of the cache.
+
+A row that saw everything has other keys and values, in all layers but the first, than the same token would have under
+the pattern, and so do all rows after it. Which rows these are depends on the prompt's length. So from the first such
+row on, a request's block hashes carry that length: a later prompt finds the pages only if it has the same length, and
+then its own rows would be computed equally.
+"""
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+from vllm_power import options
+
+
+class RowRuleScheduler:
+    """Stands before the class of vLLM's scheduler in use (``compat.extend_scheduler``)."""
+
+    requests: dict[str, Any]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        asked = options.of_config(self.vllm_config)  # type: ignore[attr-defined]
+        self.power_options = asked if asked.rows.has_dense_rows and not asked.share_dense_rows else None
+
+    def add_request(self, request: Any) -> None:
+        if self.power_options is not None and request.request_id not in self.requests:
+            pool = self.kv_cache_manager.block_pool  # type: ignore[attr-defined]
+            mark_dense_rows(request, self.power_options, pool.hash_block_size)
+        super().add_request(request)  # type: ignore[misc]
+
+
+def mark_dense_rows(request: Any, asked: options.PowerOptions, hash_block_size: int) -> None:
+    """Have the hashes of a new request (vllm/v1/request.py) tell its dense rows from the pattern's.
+
+    hash_block_size: tokens per hash.
+    """
+    hasher = request._block_hasher
+    if hasher is None:  # no prefix caching
+        return
+    start, _ = asked.rows.dense_rows(request.num_prompt_tokens)
+    # Up to there the pattern sees everything too.
+    first = max(start, asked.effective_pattern.dense_tokens) // hash_block_size
+    rule = (request.num_prompt_tokens, asked.dense_tail, asked.decode)
+    request._block_hasher = _marking(hasher, first, repr(rule).encode())
+    request.block_hashes = []
+    request.update_block_hashes()
+
+
+def _marking(hasher: Callable[[Any], list[bytes]], first: int, mark: bytes) -> Callable[[Any], list[bytes]]:
+    """``hasher``, with ``mark`` in every hash from number ``first`` on. The marked hashes are no parents of others."""
+    plain: list[bytes] = []
+
+    def hash_new_blocks(request: Any) -> list[bytes]:
+        told, request.block_hashes = request.block_hashes, plain
+        try:
+            new = hasher(request)
+        finally:
+            request.block_hashes = told
+        done = len(plain)
+        plain.extend(new)
+        return [
+            block_hash if done + number < first else hashlib.sha256(block_hash + mark).digest()
+            for number, block_hash in enumerate(new)
+        ]
+
+    return hash_new_blocks
