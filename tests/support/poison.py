@@ -5,10 +5,12 @@ from typing import Any
 import torch
 
 from support.generation import Generated, generated
-from vllm_power.pattern import Pattern
+from vllm_power.pattern import PATTERN_ROWS, Pattern, RowRule
 
 
-def greedy_over_poison(llm: Any, prompt: list[int], steps: int, pattern: Pattern) -> tuple[Generated, int]:
+def greedy_over_poison(
+    llm: Any, prompt: list[int], steps: int, pattern: Pattern, rule: RowRule = PATTERN_ROWS
+) -> tuple[Generated, int]:
     """The answer to ``prompt``, and how many times a page was poisoned.
 
     Before each step, the pages of all earlier blocks that none of the step's query blocks sees are filled with NaN,
@@ -40,6 +42,8 @@ def greedy_over_poison(llm: Any, prompt: list[int], steps: int, pattern: Pattern
         end = min(start + budget, request.num_tokens)
         queries = range(start // pattern.block_size, (end - 1) // pattern.block_size + 1)
         hidden = [k for k in range(queries[0]) if not any(pattern.sees(q, k) for q in queries)]
+        if any(rule.sees_everything(row, len(prompt)) for row in range(start, end)):
+            hidden = []
 
         saved = {}
         for block in hidden:
@@ -53,7 +57,7 @@ def greedy_over_poison(llm: Any, prompt: list[int], steps: int, pattern: Pattern
 
         for page, (block, contents) in saved.items():
             reader = pattern.next_reader(block, queries[-1])
-            if reader is not None and reader <= last_block:
+            if rule.has_dense_rows or (reader is not None and reader <= last_block):
                 for cache, content in zip(caches, contents, strict=True):
                     cache[page] = content
     assert output is not None

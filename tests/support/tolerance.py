@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from support.transformers_truth import Answer, load
-from vllm_power.pattern import POWER, Pattern
+from vllm_power.pattern import PATTERN_ROWS, POWER, Pattern, RowRule
 
 # The engine's error over transformers' error in the same dtype. vLLM's kernels round at other places; in float32 they
 # also approximate the exponential (measured: 0.9 to 1.1 in bfloat16, 1.3 to 2.1 in float32).
@@ -60,8 +60,10 @@ def truth(
     pattern: Pattern = POWER,
     kv_cache: str = "auto",
     dense_layers: tuple[int, ...] = (),
+    rule: RowRule = PATTERN_ROWS,
+    prompt_tokens: int = 0,
 ) -> Answer:
-    return _answer(model, "float64", tuple(tokens), pattern, kv_cache, dense_layers)
+    return _answer(model, "float64", tuple(tokens), pattern, kv_cache, dense_layers, rule, prompt_tokens)
 
 
 def rms(error: torch.Tensor) -> float:
@@ -76,5 +78,8 @@ def _answer(
     pattern: Pattern,
     kv_cache: str = "auto",
     dense_layers: tuple[int, ...] = (),
+    rule: RowRule = PATTERN_ROWS,
+    prompt_tokens: int = 0,
 ) -> Answer:
-    return load(model, getattr(torch, dtype), kv_cache).answer(list(tokens), pattern, dense_layers)
+    transformers = load(model, getattr(torch, dtype), kv_cache)
+    return transformers.answer(list(tokens), pattern, dense_layers, rule, prompt_tokens)

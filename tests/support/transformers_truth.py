@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from vllm_power.kernels.reference import visibility_mask
-from vllm_power.pattern import Pattern, preset
+from vllm_power.pattern import PATTERN_ROWS, Pattern, RowRule, preset
 
 
 @dataclass(frozen=True)
@@ -48,16 +48,25 @@ class Transformers:
                     _normalise_in_float64(module)
 
     @torch.inference_mode()
-    def answer(self, tokens: list[int], pattern: Pattern, dense_layers: tuple[int, ...] = ()) -> Answer:
-        """The answer to ``tokens`` where the layers follow ``pattern``, save for dense ones and any with a window."""
+    def answer(
+        self,
+        tokens: list[int],
+        pattern: Pattern,
+        dense_layers: tuple[int, ...] = (),
+        rule: RowRule = PATTERN_ROWS,
+        prompt_tokens: int = 0,
+    ) -> Answer:
+        """The answer to ``tokens`` where the layers follow ``pattern``, save for dense ones and any with a window.
+
+        rule: which rows see everything, where the first ``prompt_tokens`` tokens are the prompt.
+        """
         inputs = torch.tensor([tokens])
         rounded = self.layers_in_tf32(dense_layers)
         for number, layer in enumerate(self.model.model.layers):
             layer.self_attn.in_tf32 = number in rounded
         with self._dense(dense_layers, len(tokens)):
-            logits = self.model(
-                inputs, attention_mask=self._masks(len(tokens), pattern), use_cache=False
-            ).logits
+            masks = self._masks(len(tokens), pattern, rule, prompt_tokens)
+            logits = self.model(inputs, attention_mask=masks, use_cache=False).logits
         logprobs = logits[0, :-1].to(torch.promote_types(self.dtype, torch.float32)).log_softmax(-1)
         told = logprobs.gather(1, inputs[0, 1:, None])[:, 0]
         best = logprobs.max(-1)
@@ -82,9 +91,11 @@ class Transformers:
         for hook in hooks:
             hook.remove()
 
-    def _masks(self, length: int, pattern: Pattern) -> torch.Tensor | dict[str, torch.Tensor]:
+    def _masks(
+        self, length: int, pattern: Pattern, rule: RowRule, prompt_tokens: int
+    ) -> torch.Tensor | dict[str, torch.Tensor]:
         positions = torch.arange(length)
-        mask = self._additive(visibility_mask(pattern, positions, length))
+        mask = self._additive(visibility_mask(pattern, positions, length, rule, prompt_tokens))
         if not self.windows:
             return mask
         distance = positions[:, None] - positions[None, :]
