@@ -4,12 +4,19 @@ import random
 
 import pytest
 from vllm.config import VllmConfig
+from vllm.v1.request import Request, RequestStatus
 
-from vllm_power.tools.bench import memory_concurrency, memory_scheduler
+from vllm_power.tools.bench import memory_scheduler
 from vllm_power.tools.bench.engine import IMPLS
 from vllm_power.tools.bench.scheduler_alone import PAGE, SchedulerAlone, configuration
 
 CONTEXT, OUTPUT = 16_384, 512
+
+
+def abort(scheduler: SchedulerAlone, request: Request) -> Request:
+    """End a request as if its client had disconnected."""
+    scheduler.vllm.finish_requests(request.request_id, RequestStatus.FINISHED_ABORTED)
+    return request
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +45,7 @@ def test_a_tight_pool_serves_everything(config: VllmConfig, caching: bool, seed:
             break
         scheduler.step()
         if step % 500 == 499 and (running := scheduler.vllm.running):
-            wanted.pop(scheduler.abort(generator.choice(running)))
+            wanted.pop(abort(scheduler, generator.choice(running)))
     assert not scheduler.vllm.requests, "it does not come to an end"
     assert all(request.num_output_tokens == count for request, count in wanted.items())
     assert 30 < len(wanted) < 60 and scheduler.preemptions > 0
@@ -48,7 +55,7 @@ def test_a_tight_pool_serves_everything(config: VllmConfig, caching: bool, seed:
 def test_more_sequences_decode_at_once(config: VllmConfig) -> None:
     pages = 4 * (CONTEXT + OUTPUT) // PAGE
     config.cache_config.enable_prefix_caching = False
-    at_once, held = memory_concurrency.most_at_once(config, CONTEXT, OUTPUT, pages, requests=100)
+    at_once, held = memory_scheduler.most_at_once(config, CONTEXT, OUTPUT, pages, requests=100)
     assert at_once > 3 * 4
     assert held <= pages
 
