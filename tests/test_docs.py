@@ -84,12 +84,20 @@ def test_what_there_is_not_is_found(line, found):
     assert unknown(line.split()) == found
 
 
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", FENCE.sub("", page.read_text()), flags=re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pages
 def test_relative_links_resolve(page):
     for link in LINK.findall(FENCE.sub("", page.read_text())):
-        path = link.split("#")[0]
-        if path and not re.match(r"[a-z]+:", link):
-            assert (page.parent / path).exists(), link
+        path, _, anchor = link.partition("#")
+        if not re.match(r"[a-z]+:", link):
+            target = page.parent / path if path else page
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
 
 
 @pages
@@ -133,8 +141,10 @@ def test_every_error_of_the_engines_path_is_in_the_docs(module):
         assert longest in page, longest
 
 
-def test_the_readme_has_every_option_and_its_default():
-    rows = re.findall(r"^\| `(\w+)` \| .* \| (.+) \|$", (ROOT / "README.md").read_text(), flags=re.M)
+def test_the_page_of_options_has_every_option_and_its_default():
+    rows = re.findall(
+        r"^\| `(\w+)` \| .* \| (.+) \|$", (ROOT / "docs" / "options.md").read_text(), flags=re.M
+    )
     expected = {}
     for name, field in PowerOptions.model_fields.items():
         default = field.get_default(call_default_factory=True)
