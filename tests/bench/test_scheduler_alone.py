@@ -1,4 +1,4 @@
-"""vLLM's scheduler with reclamation, without a model: nothing deadlocks, what fits is more, and it costs little."""
+"""vLLM's scheduler with reclamation, without a model: no deadlock, more sequences fit, and the cost is small."""
 
 import random
 
@@ -29,7 +29,7 @@ def config():
 @pytest.mark.parametrize("caching", [True, False], ids=["prefix_caching", "no_prefix_caching"])
 @pytest.mark.parametrize("seed", range(2))
 def test_a_tight_pool_serves_everything(config: VllmConfig, caching: bool, seed: int) -> None:
-    """Sixty requests, some of one family, some thrown out, some aborted, in a pool for the peak of one."""
+    """Sixty requests, some with a shared prefix, some preempted, some aborted, in a pool for the peak of one."""
     generator = random.Random(seed)
     config.cache_config.enable_prefix_caching = caching
     scheduler = SchedulerAlone(config, pages=56)  # the peak of the longest, with a chunk in work, is 42
@@ -61,7 +61,7 @@ def test_more_sequences_decode_at_once(config: VllmConfig) -> None:
 
 
 def test_a_step_costs_about_what_full_attentions_does(config: VllmConfig) -> None:
-    """The goal is less than 5 % more; a busy machine gets some leeway."""
+    """The goal is less than 5% more; the limit leaves room for a busy machine."""
     config.cache_config.enable_prefix_caching = True
     schedulers = {}
     for impl in ("dense", "power"):

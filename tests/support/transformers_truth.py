@@ -49,7 +49,7 @@ class Transformers:
 
     @torch.inference_mode()
     def answer(self, tokens: list[int], pattern: Pattern, dense_layers: tuple[int, ...] = ()) -> Answer:
-        """The answer to ``tokens`` where the layers follow ``pattern``, save for dense ones and any with a window."""
+        """The answer to ``tokens`` if all layers follow ``pattern``, except dense layers and those with a window."""
         inputs = torch.tensor([tokens])
         rounded = self.layers_in_tf32(dense_layers)
         for number, layer in enumerate(self.model.model.layers):
