@@ -84,9 +84,8 @@ def summary_table(served: list[Row], memory: list[Row]) -> str:
     live = last_run([row for row in memory if row["bench"] == "live"])
     row = next(row for row in reversed(live) if row["impl"] == report_memory.ON)
     without, held, share = report_memory.held_blocks(live)
-    lines.append(
-        f"| KV blocks held after a prompt of {row['context']:,} tokens | {without} | {held} | {share} |"
-    )
+    what = f"KV blocks held after a prompt of {row['context']:,} tokens, without and with reclamation"
+    lines.append(f"| {what} | {without} | {held} | {share} |")
     heading, of_blocks = where(served[-1]), where(row)
     if of_blocks != heading:
         machine, _, commit = of_blocks.rpartition(", ")
