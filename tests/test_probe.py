@@ -1,4 +1,4 @@
-"""probe: states know the key where the pattern lets it through and nowhere else; rows and plot say so."""
+"""``vllm-power probe``: states depend on the key only in blocks that it can reach; rows and plot show this."""
 
 import json
 import shutil
@@ -95,7 +95,7 @@ def test_keys_that_a_tokenizer_cannot_distinguish() -> None:
 
 @pytest.mark.parametrize("name", ["power", "sliding_window", "longnet", "full"])
 def test_only_reached_blocks_change_with_the_key(model: Path, name: str) -> None:
-    """Two prompts that differ in the key alone: elsewhere the states are the same, bit for bit."""
+    """Two prompts that differ only in the key: in all other blocks the states are bitwise equal."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     made = prompts(tokenizer, samples=1)
     other = made.tokens.clone()
@@ -157,7 +157,7 @@ def test_the_command_writes_rows_and_draws_them(model: Path, tmp_path: Path) -> 
 
 
 def test_the_last_run_of_a_model_and_pattern_is_drawn(tmp_path: Path) -> None:
-    """One of fewer layers and blocks after another, and a model of the same name in another folder."""
+    """A run with fewer layers and blocks after another, and a model of the same name in another folder."""
 
     def run(model: str, layers: int, blocks: int) -> list[dict]:
         row = {
@@ -180,7 +180,7 @@ def test_the_last_run_of_a_model_and_pattern_is_drawn(tmp_path: Path) -> None:
 
 
 def test_a_checkpoints_pattern_is_left_only_where_that_is_said(model: Path, tmp_path: Path) -> None:
-    """As the server puts options and checkpoint together."""
+    """As the server merges options and checkpoint."""
     copy = Path(shutil.copytree(model, tmp_path / "trained"))
     config = json.loads((copy / "config.json").read_text())
     trained = {"pattern": "sliding_window", "block_size": BLOCK}

@@ -1,4 +1,4 @@
-"""``vllm-power bench memory``: the command, its parts' arithmetic, and the table; engines are not started here."""
+"""``vllm-power bench memory``: the command, the arithmetic of its parts, and the table; starts no engine."""
 
 from types import SimpleNamespace
 
@@ -74,7 +74,7 @@ def test_thinned_curves_keep_their_ends():
 
 
 class Engine:
-    """Serves requests of 10 prompt tokens and 3 answers, two at a time, a token each in a step of a second."""
+    """Serves requests with 10 prompt tokens and 3 answer tokens, two at a time, one token each per step of a second."""
 
     def __init__(self, clock, requests):
         self.clock, self.left = clock, {str(number): 3 for number in range(requests)}

@@ -32,13 +32,13 @@ def test_a_tight_pool_serves_everything(config: VllmConfig, caching: bool, seed:
     """Sixty requests, some with a shared prefix, some preempted, some aborted, in a pool for the peak of one."""
     generator = random.Random(seed)
     config.cache_config.enable_prefix_caching = caching
-    scheduler = SchedulerAlone(config, pages=56)  # the peak of the longest, with a chunk in work, is 42
+    scheduler = SchedulerAlone(config, pages=56)  # the peak of the longest, with a chunk in flight, is 42
     free = scheduler.free_pages
     wanted = {}
     for number in range(60):
         shared = [seed] * generator.choice((0, 0, 0, 0, 300, 9000))
         prompt = shared + [number] * generator.choice((1, 1, 1, 200, 1000, 5000))
-        request = scheduler.add(prompt, generator.randint(1, 2000))  # answers grow beyond what was reserved
+        request = scheduler.add(prompt, generator.randint(1, 2000))  # answers grow beyond the reserved pages
         wanted[request] = request.max_tokens
     for step in range(100_000):
         if not scheduler.vllm.requests:
