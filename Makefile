@@ -1,8 +1,8 @@
-# The commands of this project; continuous integration runs the same ones (.ci/run).
+# The commands of this project; continuous integration runs the same commands (.ci/run).
 PYTHON ?= python3
 DEVICE ?= auto
 BIN := .venv/bin
-# One case of everything that a kernel does differently; all of them would take an hour under a sanitizer.
+# One case per code path of the kernels; all cases would take an hour under a sanitizer.
 SANITIZED := mixed or drafts or fp8 or sinks or head-80 or head-192 or page-16 or qwen2
 
 .DEFAULT_GOAL := help
@@ -11,20 +11,20 @@ SANITIZED := mixed or drafts or fp8 or sinks or head-80 or head-192 or page-16 o
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-setup: ## make .venv with vLLM for this machine (PYTHON=python3.12, DEVICE=cpu|cuda to choose)
+setup: ## create .venv with vLLM for this machine (PYTHON=python3.12, DEVICE=cpu|cuda to choose)
 	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 or later is needed: there is no $(PYTHON)."; exit 1; }
 	@$(PYTHON) deploy/setup/environment.py --device $(DEVICE)
 
-demo: setup ## start a real server with the backend, ask it for passkeys in long prompts, stop it
+demo: setup ## serve a small model with the backend and run a passkey test against it
 	@$(BIN)/vllm-power demo
 
-test: setup ## every test (those for a GPU are skipped where there is none)
+test: setup ## all tests (GPU tests are skipped without a GPU)
 	$(BIN)/pytest --durations=20
 
-test-fast: setup ## the tests that start no engine
+test-fast: setup ## tests that start no engine
 	$(BIN)/pytest -m "not e2e"
 
-test-gpu: setup ## the tests that run on an NVIDIA GPU: kernels natively, and the engine
+test-gpu: setup ## tests on an NVIDIA GPU: native kernels, and the engine
 	$(BIN)/pytest -m gpu
 
 sanitize: setup ## compute-sanitizer's memcheck, initcheck and racecheck over the kernels on an NVIDIA GPU
@@ -33,7 +33,7 @@ sanitize: setup ## compute-sanitizer's memcheck, initcheck and racecheck over th
 	@# Without the Hopper kernel: racecheck reports how Triton starts its roles (docs/kernels-notes.md).
 	compute-sanitizer --tool racecheck --error-exitcode 1 $(BIN)/pytest -q tests/kernels -k "($(SANITIZED)) and not qwen2"
 
-lint: setup ## ruff, mypy and the layers
+lint: setup ## ruff, mypy, layers and language
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy vllm_power
@@ -41,15 +41,16 @@ lint: setup ## ruff, mypy and the layers
 	@rm -rf build/layers && mkdir -p build/layers && cp -rL vllm_power build/layers/
 	@touch build/layers/vllm_power/kernels/__init__.py
 	@cd build/layers && $(CURDIR)/$(BIN)/lint-imports --config $(CURDIR)/pyproject.toml --no-cache
+	$(BIN)/pytest -q tests/test_language.py
 
-format: setup ## let ruff mend and format the code
+format: setup ## fix and format the code with ruff
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
 bench: setup ## compare with vLLM's dense attention on this machine's CPU
 	$(BIN)/vllm-power bench cpu
 
-lock: ## resolve the CPU environment anew into deploy/setup/cpu.lock
+lock: ## resolve the CPU environment into deploy/setup/cpu.lock
 	$(PYTHON) deploy/setup/lock.py
 
 wheel: setup ## build the wheel into dist/

@@ -40,6 +40,20 @@ def test_unknown_command_fails():
     assert runner.invoke(app, ["nonsense"]).exit_code != 0
 
 
+@pytest.mark.parametrize(
+    "words, cause",
+    [
+        (["powr"], "unknown pattern 'powr'"),
+        (["--block-size", "100"], "power of two"),
+        (["--tokens", "0"], "--tokens"),
+    ],
+)
+def test_a_wrong_pattern_says_why(words, cause):
+    done = runner.invoke(app, ["pattern", *words])
+    assert done.exit_code == 2
+    assert cause in done.output
+
+
 def test_the_exit_status_is_that_of_the_benchmark(monkeypatch):
     import vllm_power.tools.bench.cpu as cpu
 

@@ -1,4 +1,4 @@
-"""The demonstration: the server helper (with a stand-in for vLLM), and the command itself."""
+"""``vllm-power demo``: the server helper (with a stand-in for vLLM), and the command."""
 
 import os
 import re
@@ -22,7 +22,7 @@ from vllm_power.tools.demo import passkeys, requests
 from vllm_power.tools.demo.run import run, shorten
 from vllm_power.tools.passkey.export import make_tokenizer
 
-# Answers /health after a moment, writes down its arguments, and has a child process, as vLLM has.
+# Answers /health after a moment, logs its arguments, and has a child process, like vLLM.
 STAND_IN = """#!{python}
 import http.server, subprocess, sys, time
 print("arguments", *sys.argv[1:], flush=True)
@@ -137,7 +137,7 @@ def test_a_demo_without_vllm_says_so_in_one_line(monkeypatch, tmp_path, missing)
     assert done.output.count("\n") == 1
 
 
-# --- prompts for a model of one's own --------------------------------------------------------------------------------
+# --- prompts for the user's model ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("characters", [1, 3, 9], ids="{} characters a token".format)
@@ -149,7 +149,7 @@ def test_a_long_prompt_may_be_longer_than_the_text(monkeypatch, characters):
 
 
 def test_a_server_that_counts_no_tokens_is_reported(monkeypatch, tmp_path):
-    """As where it refuses a text, or has ended."""
+    """For example, if it refuses a text or has ended."""
 
     def create(**_):
         message = SimpleNamespace(content="hello")
@@ -179,17 +179,17 @@ def test_shorten():
 @pytest.mark.e2e
 @pytest.mark.slow
 def test_passkeys_come_back_under_power_and_not_under_a_sliding_window():
-    """Out of 32,768 tokens, through two real servers, of which nothing is left running."""
+    """In 32,768 tokens, with two real servers, which leave no process behind."""
     command = [str(Path(sys.executable).with_name("vllm-power")), "demo"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=550)
     assert done.returncode == 0, done.stdout + done.stderr
     power, window = done.stdout.split("under another pattern")
     assert "PowerAttention: power" in power
-    assert re.search("[45] of 5 passkeys came back", power)  # 5, unless a CPU rounds otherwise
+    assert re.search("[45] of 5 passkeys found", power)  # 5, unless a CPU rounds otherwise
     assert power.count("32,760 tokens") == 5
     assert "Block pairs read" in power
     assert "PowerAttention: sliding_window" in window
-    assert "0 of 5 passkeys came back" in window
+    assert "0 of 5 passkeys found" in window
     assert (
         f"serve {passkeys.MODEL}"
         not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout

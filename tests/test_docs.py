@@ -1,4 +1,4 @@
-"""The documentation names only what exists: commands, files and links."""
+"""The documentation refers only to existing commands, options, files, links and errors."""
 
 import ast
 import re
@@ -26,7 +26,7 @@ pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to
 
 
 def commands(text: str, program: str) -> list[list[str]]:
-    """Words of every use of `program` in the fenced and inline code of a page, the program itself left out."""
+    """The arguments of every use of `program` in the fenced and inline code of a page."""
     code = "\n".join(FENCE.findall(text) + INLINE_CODE.findall(FENCE.sub("", text)))
     code = code.replace("\\\n", " ")
     lines = re.findall(rf"^\s*(?:\$ |\S*/)?{re.escape(program)} +([^\n#]+)", code, flags=re.M)
@@ -41,7 +41,7 @@ def test_make_targets_exist(page):
 
 
 def unknown(words: list[str]) -> list[str]:
-    """Of a `vllm-power` command line: the subcommands and options that there are not."""
+    """The subcommands and options of a `vllm-power` command line that do not exist."""
     command = typer.main.get_command(app)
     found = []
     for word in words:
@@ -84,12 +84,20 @@ def test_what_there_is_not_is_found(line, found):
     assert unknown(line.split()) == found
 
 
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", FENCE.sub("", page.read_text()), flags=re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pages
 def test_relative_links_resolve(page):
     for link in LINK.findall(FENCE.sub("", page.read_text())):
-        path = link.split("#")[0]
-        if path and not re.match(r"[a-z]+:", link):
-            assert (page.parent / path).exists(), link
+        path, _, anchor = link.partition("#")
+        if not re.match(r"[a-z]+:", link):
+            target = page.parent / path if path else page
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
 
 
 @pages
@@ -100,7 +108,7 @@ def test_named_paths_exist(page):
 
 
 def fixed_words(node: ast.expr) -> list[str]:
-    """The constant pieces of a message in the code."""
+    """The constant parts of a message in the code."""
     match node:
         case ast.Constant(value=str(text)):
             return [text]
@@ -114,7 +122,7 @@ def fixed_words(node: ast.expr) -> list[str]:
 
 
 def messages(module: str) -> Iterator[list[str]]:
-    """Every error that a module raises or refuses with, as its constant pieces."""
+    """Every error that a module raises or refuses with, as its constant parts."""
     for node in ast.walk(ast.parse((ROOT / "vllm_power" / f"{module}.py").read_text())):
         call = node.exc if isinstance(node, ast.Raise) else node
         refuses = isinstance(call, ast.Call) and getattr(call.func, "id", "") == "_refuse"
@@ -124,7 +132,7 @@ def messages(module: str) -> Iterator[list[str]]:
 
 @pytest.mark.parametrize("module", ["plugin", "options", "pattern", "refusals", "kv_cache", "gpu_backend"])
 def test_every_error_of_the_engines_path_is_in_the_docs(module):
-    """By the longest fixed piece of its first sentence."""
+    """Compared by the longest constant part of the first sentence."""
     page = " ".join((ROOT / "docs" / "errors.md").read_text().split())
     found = list(messages(module))
     assert found
@@ -133,8 +141,10 @@ def test_every_error_of_the_engines_path_is_in_the_docs(module):
         assert longest in page, longest
 
 
-def test_the_readme_has_every_option_and_its_default():
-    rows = re.findall(r"^\| `(\w+)` \| .* \| (.+) \|$", (ROOT / "README.md").read_text(), flags=re.M)
+def test_the_page_of_options_has_every_option_and_its_default():
+    rows = re.findall(
+        r"^\| `(\w+)` \| .* \| (.+) \|$", (ROOT / "docs" / "options.md").read_text(), flags=re.M
+    )
     expected = {}
     for name, field in PowerOptions.model_fields.items():
         default = field.get_default(call_default_factory=True)

@@ -1,4 +1,4 @@
-"""Which engines reclaim: where it can not apply, vLLM's own KV cache specs stay, and the reason is told."""
+"""Which engines reclaim: if reclamation does not apply, vLLM's KV cache specs stay and the reason is reported."""
 
 from types import SimpleNamespace
 

@@ -192,7 +192,7 @@ def test_core_dependencies_pull_neither_torch_nor_vllm():
 
 
 def copied(tmp_path: Path) -> Path:
-    """A copy of what is packaged: builds leave files beside the sources."""
+    """A copy of the packaged files, because builds leave files next to the sources."""
     source = tmp_path / "source"
     source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE", "vllm_power", "kernels"):

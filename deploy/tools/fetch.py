@@ -30,7 +30,7 @@ BINARIES = {
 
 
 class ToolsMissing(Exception):
-    """A tool can not be had; the message says what is missing."""
+    """A tool is not available; the message says what is missing."""
 
 
 def stamp() -> str:
@@ -51,7 +51,7 @@ def fetch() -> Path:
         if shutil.which(program) is None:
             raise ToolsMissing(f"{program} is missing. On Debian and Ubuntu: apt install nodejs npm")
     TOOLS.parent.mkdir(parents=True, exist_ok=True)
-    # Made beside its place and moved there whole: what is interrupted leaves nothing half made.
+    # Created next to its destination and then moved, so an interruption leaves nothing incomplete.
     with tempfile.TemporaryDirectory(dir=TOOLS.parent, prefix="tools-") as folder:
         made = Path(folder) / "tools"
         made.mkdir()

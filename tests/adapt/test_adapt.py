@@ -1,4 +1,4 @@
-"""adapt: whole runs, going on after a kill, adapters, what is written, and what is refused."""
+"""adapt: whole runs, resuming after a kill, adapters, what is written, and what is refused."""
 
 import json
 import math
@@ -296,7 +296,7 @@ def test_refused(
 ) -> None:
     with pytest.raises(ValueError, match=cause):
         run(settings(**change), tmp_path / "out")
-    settings().check_folder(tmp_path / "out")  # is not taken: mended, the command works there
+    settings().check_folder(tmp_path / "out")  # is not claimed: the corrected command works there
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from vllm_power.tools.adapt.settings import Settings, Stage
 
 
 def line_of(*lengths: int, seed: int = 0) -> Line:
-    """Documents of so many tokens, numbered through over all documents."""
+    """Documents of these lengths; their tokens are numbered across all documents."""
     ends = np.cumsum(lengths)
     ids = [list(range(end - length, end)) for length, end in zip(lengths, ends, strict=True)]
     return Line.of(Dataset.from_dict({"input_ids": ids, "length": list(lengths)}), seed)

@@ -1,4 +1,4 @@
-"""Measuring in a process of its own, with small modules in the place of those that start engines."""
+"""Measuring in a separate process, with small modules instead of those that start engines."""
 
 import subprocess
 

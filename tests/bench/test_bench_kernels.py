@@ -1,4 +1,4 @@
-"""``vllm-power bench kernels``: whose failure is told and whose ends the run; nothing is measured here."""
+"""``vllm-power bench kernels``: a failing peer is reported, a failing kernel of ours ends the run; no measurements."""
 
 from types import SimpleNamespace
 

@@ -1,11 +1,11 @@
-"""``vllm-power bench memory``: the command, its parts' arithmetic, and the table; engines are not started here."""
+"""``vllm-power bench memory``: the command, the arithmetic of its parts, and the table; starts no engine."""
 
 from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
 
-from vllm_power.tools.bench import engine, memory, memory_live, memory_throughput, report_memory
+from vllm_power.tools.bench import engine, memory, memory_engine, report_memory
 from vllm_power.tools.cli import app
 from vllm_power.tools.common import results
 
@@ -21,11 +21,11 @@ MACHINE = {
 
 @pytest.fixture
 def apart(monkeypatch):
-    """The processes that would be started: (module, arguments); each gives one row."""
+    """The processes that would be started: (part, its arguments); each yields one row."""
     started = []
 
-    def run_apart(module, *arguments):
-        started.append((module.rpartition("_")[2], arguments))
+    def run_apart(module, part, *arguments):
+        started.append((part, arguments))
         row = {"bench": started[-1][0], "impl": "power", "context": 8, "output": 1, "value": 1, "unit": "x"}
         yield row
 
@@ -60,21 +60,21 @@ def test_a_part_that_does_not_exist():
 
 def test_throughput_compares_three_backends_with_equal_settings():
     jobs = list(memory.jobs("throughput", True, 16, 131_072, 1_024, 4, 100))
-    assert [arguments[0] for _, arguments in jobs] == ["power", "power_no_reclaim", "dense"]
-    assert len({arguments[1:] for _, arguments in jobs}) == 1
+    assert [arguments[1] for _, arguments in jobs] == ["power", "power_no_reclaim", "dense"]
+    assert len({arguments[2:] for _, arguments in jobs}) == 1
     # Four sequences of 516 blocks and a null page; 28 layers, 4 KV heads of 128, keys and values of 2 bytes.
-    assert jobs[0][1][4] == (4 * 516 + 1) * 256 * 28 * 4 * 128 * 2 * 2
+    assert jobs[0][1][5] == (4 * 516 + 1) * 256 * 28 * 4 * 128 * 2 * 2
 
 
 def test_thinned_curves_keep_their_ends():
     curve = [(tokens, 1.0) for tokens in range(0, 10_001)]
-    kept = memory_live.thinned(curve)
+    kept = memory_engine.thinned(curve)
     assert kept[0] == curve[0] and kept[-1] == curve[-1]
-    assert 0.9 * memory_live.POINTS <= len(kept) <= memory_live.POINTS + 2
+    assert 0.9 * memory_engine.MAX_POINTS <= len(kept) <= memory_engine.MAX_POINTS + 2
 
 
 class Engine:
-    """Serves requests of 10 prompt tokens and 3 answers, two at a time, a token each in a step of a second."""
+    """Serves requests with 10 prompt tokens and 3 answer tokens, two at a time, one token each per step of a second."""
 
     def __init__(self, clock, requests):
         self.clock, self.left = clock, {str(number): 3 for number in range(requests)}
@@ -99,8 +99,8 @@ class Engine:
 )
 def test_what_throughput_counts(monkeypatch, seconds, finished, answered, mean):
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(memory_throughput, "time", SimpleNamespace(perf_counter=lambda: clock.now))
-    served = memory_throughput.serve(Engine(clock, 3), 0.0, seconds, "test")
+    monkeypatch.setattr(memory_engine, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    served = memory_engine.serve(Engine(clock, 3), 0.0, seconds, "test")
     assert served["finished"] == finished
     assert served["answered_tokens"] == answered
     assert served["answering"] == 3
@@ -133,7 +133,7 @@ def test_what_is_printed_sets_a_works_parts_apart(capsys):
     )
     printed = capsys.readouterr().out
     assert "decode, prefix caching on" in printed
-    assert "cut off" in printed and ", cut off" not in printed
+    assert "truncated" in printed and ", truncated" not in printed
 
 
 def test_each_machine_has_a_table_of_its_own():
@@ -147,4 +147,4 @@ def test_each_machine_has_a_table_of_its_own():
     table = report_memory.table(measured)
     assert table.count("commit abc:") == 2
     assert "| 4 | 20 | 5.0x |" in table
-    assert "| 2.000 |  | 2.100 | +5.0 % |" in table
+    assert "| 2.000 |  | 2.100 | +5.0% |" in table

@@ -1,4 +1,4 @@
-"""What stands beside every number: the commit is this project's, or told."""
+"""The commit in every row is this project's, or the one in POWER_COMMIT."""
 
 import subprocess
 

@@ -1,4 +1,4 @@
-"""The README's figures are those of the recorded rows."""
+"""The numbers in README.md and docs/benchmarks.md are those of the recorded rows."""
 
 from pathlib import Path
 
@@ -17,10 +17,29 @@ def row(impl, ms, **fields):
     return {"bench": "ttft", "impl": impl, "context": 1024, "batch": 1, "median_ms": ms, **machine, **fields}
 
 
-def test_the_readme_shows_what_was_measured():
-    text = (ROOT / "README.md").read_text()
-    assert len(report.MARK.findall(text)) >= 2
+@pytest.mark.parametrize("page, tables", [("README.md", 1), ("docs/benchmarks.md", 4)])
+def test_the_pages_show_what_was_measured(page, tables):
+    text = (ROOT / page).read_text()
+    assert len(report.MARK.findall(text)) >= tables
     assert report.filled(text, FOLDER) == text, "run: vllm-power bench report"
+
+
+def test_the_readmes_table_has_every_line_of_the_summary():
+    text = (ROOT / "README.md").read_text()
+    assert all(f"| {what} | " in text for what in report.SUMMARY.values())
+    assert "| KV blocks held after a prompt of 131,072 tokens, without and with reclamation | " in text
+
+
+def test_the_summary_names_both_runs():
+    held = {"bench": "live", "blocks": 512, "context": 131_072, "commit": "def"}
+    measured = (
+        [row("dense", 20.0, context=512), row("power", 8.0, context=512)],
+        [row(impl, 0.0, value=value, **held) for impl, value in (("power_no_reclaim", 100), ("power", 25))],
+    )
+    table = report.summary_table(*measured)
+    assert table.startswith("a GPU, vLLM 1, torch 2, today, commit abc; KV blocks: commit def:")
+    assert "| time to first token, 512 tokens | 20 ms | 8 ms | 2.50x |" in table
+    assert "131,072 tokens, without and with reclamation | 512 | 128 | 25.0% |" in table
 
 
 def test_a_table_has_the_ratio_and_the_machine():
@@ -60,6 +79,6 @@ def test_outside_a_checkout_the_command_says_so_in_one_line(monkeypatch, tmp_pat
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(app, ["bench", "report"])
     assert done.exit_code == 1
-    assert "no README.md and no docs/results here" in done.stderr
+    assert "no README.md and no docs/benchmarks.md and no docs/results here" in done.stderr
     assert done.output.count("\n") == 1
     assert not list(tmp_path.iterdir())

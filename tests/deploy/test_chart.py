@@ -248,14 +248,14 @@ def test_every_default_is_in_the_schema_and_described():
     values = yaml.safe_load((CHART / "values.yaml").read_text())
     assert values_table.rows(SCHEMA, values)
     assert values_table.readme() == (CHART / "README.md").read_text(), (
-        "write the table anew: .venv/bin/python deploy/tools/values_table.py"
+        "regenerate the table: .venv/bin/python deploy/tools/values_table.py"
     )
 
 
 def test_pattern_options_are_those_of_the_plugin():
     named = SCHEMA["properties"]["power"]["properties"]
     assert named.keys() == PowerOptions.model_fields.keys(), (
-        "mend `power` in deploy/helm/vllm-power/values.schema.json"
+        "update `power` in deploy/helm/vllm-power/values.schema.json"
     )
     options = PowerOptions.model_json_schema()["properties"]
     for name, option in options.items():

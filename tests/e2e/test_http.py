@@ -121,7 +121,7 @@ def test_streaming_equals_whole(client: openai.OpenAI, name: str) -> None:
 
 
 def test_client_that_hangs_up(client: openai.OpenAI, name: str, server: Server) -> None:
-    """The server drops the request, does not compute it to the end, and goes on."""
+    """The server drops the request without computing it to the end, and continues."""
     wanted, answers = MAX_MODEL_LEN - 3000, 4
     generated = metric(server, "vllm:generation_tokens_total")
     stream = client.completions.create(

@@ -95,7 +95,7 @@ def test_prefix_caching(
 
 
 def test_preemption(model: Path, worker: Worker, allowed: Allowed) -> None:
-    """Three growing requests do not fit: one is thrown out and computed anew, with the same answer."""
+    """Three growing requests do not fit: one is preempted and recomputed, with the same answer."""
     prompts = [random_tokens(1780, seed) for seed in (1, 2, 3)]
     worker.start(model, **ONE_STEP)
     alone = [worker.call(generation.greedy, [prompt], STEPS, False)[0] for prompt in prompts]

@@ -112,7 +112,7 @@ def test_aborts_leave_the_rest_alone(model: Path, worker: Worker) -> None:
 
 
 def test_preemption(model: Path, worker: Worker) -> None:
-    """All requests are thrown out twice, in prefill and in decode, and computed anew."""
+    """All requests are preempted twice, in prefill and in decode, and recomputed."""
     job = ([random_tokens(2600, seed) for seed in range(2)], [40] * 2, 1, None, (2, 20))
     on, off = both(worker, model, {}, *job)
     assert on.preemptions == off.preemptions == 2
@@ -203,7 +203,7 @@ def peak_pages(tokens: int, chunk: int) -> int:
 
 def test_a_prompt_that_fits_only_thanks_to_reclamation(model: Path, worker: Worker) -> None:
     """A cache of 100 pages of 64 tokens serves 8,000 tokens; without reclamation vLLM refuses to start, and with it
-    where the cache can not hold the peak."""
+    if the cache cannot hold the peak."""
     settings = {
         **SMALL_PAGES,
         "max_model_len": 8064,

@@ -138,7 +138,7 @@ def test_command_with_alibi(shape: Callable[[str], Path], tmp_path: Path) -> Non
 
 
 def failed_start(tmp_path: Path, model: Path, *arguments: str) -> str:
-    """`vllm serve` must end by itself with an error, all its processes with it; returns what it said."""
+    """`vllm serve` must end with an error, together with all its processes; returns its output."""
     log = tmp_path / "log"
     with (
         pytest.raises(ServerFailed) as failed,

@@ -150,7 +150,7 @@ def test_tolerance(figures, tmp_path):
     path.write_text(json.dumps(content))
     assert gate.fallen(gate.read(path), figures) == []
     gate.write(path, "m", figures)
-    assert gate.read(path).tolerance == 0.3, "writing anew keeps it"
+    assert gate.read(path).tolerance == 0.3, "rewriting keeps it"
 
 
 def test_no_gate_and_a_wrong_one(tmp_path):

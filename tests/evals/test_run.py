@@ -1,4 +1,4 @@
-"""Whole evaluations against an endpoint in this process: grids, going on, errors, chats, logprobs, the command."""
+"""Whole evaluations against an endpoint in this process: grids, resuming, errors, chats, logprobs, the command."""
 
 import json
 import math
@@ -60,7 +60,7 @@ def test_passkeys_as_token_ids(endpoint, evaluate, tmp_path):
     assert len({tuple(prompt) for prompt in fake.prompts}) == 12
 
 
-# --- going on ------------------------------------------------------------------------------------------------------
+# --- resuming ------------------------------------------------------------------------------------------------------
 
 
 def test_a_second_run_asks_only_what_is_missing(endpoint, evaluate, tmp_path):

@@ -65,9 +65,10 @@ def test_without_vllm_there_is_no_server_to_start(evaluate, monkeypatch, capsys)
 
 
 def test_arguments():
-    arguments = server_arguments("power", '{"power": {}}', ["--max-model-len", "4096"])
+    arguments = server_arguments("power", '{"window_blocks": 9}', ["--max-model-len", "4096"])
     assert Target(serve="a model", arguments=arguments).description == (
-        "vllm serve 'a model' --attention-backend power --additional-config '{\"power\": {}}' --max-model-len 4096"
+        "vllm serve 'a model' --attention-backend power "
+        '--additional-config \'{"power": {"window_blocks": 9}}\' --max-model-len 4096'
     )
     assert server_arguments(None, None, []) == ()
     with pytest.raises(EvalError, match="no JSON object"):

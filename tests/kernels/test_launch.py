@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 
 
 class Compiled:
-    """In place of a compiled kernel: notes launches in ``launched``."""
+    """A stand-in for a compiled kernel that records launches in ``launched``."""
 
     function = packed_metadata = None
 

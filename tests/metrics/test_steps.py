@@ -200,7 +200,7 @@ def test_a_schedulers_class_is_wrapped_once(engine: Callable[..., SchedulerAlone
 
 
 def test_a_decode_step_is_counted_in_no_time(engine: Callable[..., SchedulerAlone]) -> None:
-    """256 sequences: some 20 microseconds on an idle core, against a millisecond or more of vLLM's scheduler."""
+    """256 sequences: about 20 microseconds on an idle core; vLLM's scheduler takes a millisecond or more."""
     alone = engine(2000, **SETTINGS | {"max_num_seqs": 256, "max_num_batched_tokens": 8192})
     for number in range(256):
         alone.add([number] * 20, 100)

@@ -1,4 +1,4 @@
-"""Training the small model at toy size: it learns, goes on after a stop as if there had been none, and is measured."""
+"""Training the small model at toy size: it learns, resumes after a stop with the same result, and is measured."""
 
 import json
 import os
@@ -111,7 +111,7 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
 
 
 def test_a_checkpoint_is_evaluated_on_any_device(tmp_path):
-    """A generator's state is that of its device, and another's can not be set to it."""
+    """A generator's state belongs to its device and cannot be loaded on another."""
     trained = train(TINY, tmp_path, CPU, QUIET)
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     torch.save(state | {"generator": state["generator"][:16]}, tmp_path / "elsewhere.pt")

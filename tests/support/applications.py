@@ -1,4 +1,4 @@
-"""What the page is served by in tests, beside `make_app` alone: a guard, answers like vLLM's, a made-up engine."""
+"""Servers of the page for tests, in addition to `make_app`: an API key, vLLM's error format, a made-up engine."""
 
 from collections.abc import Callable
 from typing import Any

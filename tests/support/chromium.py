@@ -43,7 +43,7 @@ class Page:
         return self.browser.execute_script(script, *arguments)
 
     def type(self, name: str, text: str) -> None:
-        """Into a field, with the keyboard, in place of what is there."""
+        """Type into a field, replacing its content."""
         self.at(name).send_keys(Keys.CONTROL + "a")
         self.at(name).send_keys(text)
 

@@ -5,7 +5,7 @@ from typing import Any
 
 
 def refusal(model: Path, settings: dict[str, Any]) -> str | None:
-    """What the configuration is refused with, or None where it is accepted."""
+    """The error that refuses the configuration; None if it is accepted."""
     try:
         _configure(model, settings)
     except ValueError as error:

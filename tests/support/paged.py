@@ -63,7 +63,7 @@ class Step:
         sinks: torch.Tensor | None = None,
         dtype: torch.dtype = torch.float64,
     ) -> torch.Tensor:
-        """[T, H, D] computed in ``dtype``, each request by itself through the mask of the definition."""
+        """[T, H, D] computed in ``dtype``, each request alone, through the mask of the definition."""
         outputs = []
         for request, start, key, value in zip(
             self.requests, self.query_start_loc, self.keys, self.values, strict=False

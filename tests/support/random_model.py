@@ -50,7 +50,7 @@ def make_model(
     if recorded.exists() and json.loads(recorded.read_text()) == recipe:
         return directory
     directory.parent.mkdir(parents=True, exist_ok=True)
-    # Made beside its place and moved there whole: an interrupted run leaves nothing half made.
+    # Created next to its destination and then moved, so an interruption leaves nothing incomplete.
     with tempfile.TemporaryDirectory(dir=directory.parent) as folder:
         made = Path(folder) / "model"
         config = family_config(

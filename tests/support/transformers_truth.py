@@ -56,7 +56,7 @@ class Transformers:
         rule: RowRule = PATTERN_ROWS,
         prompt_tokens: int = 0,
     ) -> Answer:
-        """The answer to ``tokens`` where the layers follow ``pattern``, save for dense ones and any with a window.
+        """The answer to ``tokens`` if all layers follow ``pattern``, except dense layers and those with a window.
 
         rule: which rows see everything, where the first ``prompt_tokens`` tokens are the prompt.
         """

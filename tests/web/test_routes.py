@@ -21,7 +21,7 @@ def client() -> TestClient:
 
 @pytest.fixture
 def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder in place of the page's."""
+    """A folder instead of the page's."""
     (tmp_path / "index.html").write_text("<title>power</title>")
     (tmp_path / "power.js").write_text("'use strict'")
     (tmp_path / "notes.py").write_text("secret")

@@ -1,1 +1,1 @@
-"""Tools around the engine: command line, benchmarks, evaluation, training. Nothing in the engine imports them."""
+"""Tools around the engine: command line, benchmarks, evaluation, training. The engine never imports them."""

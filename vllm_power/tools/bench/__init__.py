@@ -1,1 +1,1 @@
-"""Benchmarks: ratios against the best peer in the same run, medians, on random data."""
+"""Benchmarks on random data: medians, and ratios to the best peer in the same run."""

@@ -1,7 +1,7 @@
-"""``vllm-power bench cpu``: whole attention steps on the CPU, the pattern against vLLM's dense backend in one run.
+"""``vllm-power bench cpu``: attention steps on the CPU, under the pattern and with vLLM's dense backend.
 
-A step is what the engine does for its attention layers: the metadata (here with the plan) once, then, for each layer,
-writing the new keys and values and attending. Both backends see the same random batch, taken in turns.
+A step is what the engine does for its attention layers: it builds the metadata once (for the pattern, with the plan),
+then writes the new keys and values and attends in each layer. Both backends run the same random batch in alternation.
 """
 
 import os
@@ -23,14 +23,14 @@ from vllm_power.tools.common import results
 from vllm_power.tools.common.layer import Batch, Layer, Shape
 
 PAGE_SIZE = 128
-# As many layers as a model has share one plan. A prefill's plan costs next to nothing beside one layer; there, few
-# layers save minutes.
+# Layers that share one plan: for decode as many as in a model. A prefill's plan costs almost nothing compared with a
+# layer, so few layers suffice and save minutes.
 DECODE_LAYERS, PREFILL_LAYERS = 24, 2
 
 
 @dataclass(frozen=True)
 class Case:
-    """A batch, and the ratio to dense attention that it must reach."""
+    """A batch, and the minimum speedup over dense attention."""
 
     name: str
     batch: Batch
@@ -41,7 +41,7 @@ class Case:
         return DECODE_LAYERS if max(self.batch.new) == 1 else PREFILL_LAYERS
 
     def row(self, impl: str, median_ms: float) -> dict[str, Any]:
-        """A measurement of this case, for docs/results/cpu.jsonl."""
+        """A row of docs/results/cpu.jsonl for this case."""
         computed, new = self.batch.computed[0], self.batch.new[0]
         bench = "decode" if new == 1 else f"prefill_{new}" if computed else "prefill"
         context, batch = computed + new, len(self.batch.new)
@@ -59,7 +59,7 @@ CASES = [
 
 
 def measure(runs: Sequence[Callable[[], None]], seconds: float, warm_up: int = 2) -> list[list[float]]:
-    """Times of each of ``runs`` in ms, taken in turns so that a slow moment of the machine hits all alike."""
+    """Times of each of ``runs`` in ms, measured in alternation so that noise of the machine affects all of them."""
     for run in [*runs] * warm_up:
         run()
     times: list[list[float]] = [[] for _ in runs]
@@ -73,7 +73,7 @@ def measure(runs: Sequence[Callable[[], None]], seconds: float, warm_up: int = 2
 
 
 def compare(case: Case, dense: Layer, power: Layer, seconds: float) -> tuple[float, float]:
-    """Median ms of a step with ``case.layers`` layers: dense, power."""
+    """Median ms of a step with ``case.layers`` layers: (dense, power)."""
     shape = dense.shape
     step = case.batch.common_metadata(PAGE_SIZE, dense.num_pages)
     tokens = step.num_actual_tokens
@@ -92,7 +92,7 @@ def compare(case: Case, dense: Layer, power: Layer, seconds: float) -> tuple[flo
 
 
 def plan_times(seconds: float) -> list[tuple[str, float, float]]:
-    """(what, median ms, ms allowed) for building a plan."""
+    """(case, median ms, limit in ms) for building a plan."""
     visible = VisibleBlocks.of(POWER, 131_072)
     rows = []
     for name, batch, allowed in (
@@ -110,9 +110,9 @@ def plan_times(seconds: float) -> list[tuple[str, float, float]]:
 
 
 def main(seconds: float = 4.0, folder: Path | None = None) -> int:
-    """Print the table. Returns 1 where a case misses what it must reach, else 0.
+    """Print the table. Returns 1 if a case misses its goal, otherwise 0.
 
-    seconds: time for a case. folder: where to append the rows to cpu.jsonl, if anywhere.
+    seconds: measuring time per case. folder: folder of the cpu.jsonl to append to; None: do not store the rows.
     """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from vllm_power.plugin import register
@@ -149,7 +149,7 @@ def main(seconds: float = 4.0, folder: Path | None = None) -> int:
 
 
 def pairs_read(batch: Batch) -> float:
-    """Share of the causal block pairs of a step's query blocks that the pattern reads."""
+    """Share of the causal block pairs that the pattern reads for the new tokens of a step."""
     read = causal = 0
     for computed, new in zip(batch.computed, batch.new, strict=True):
         for q in range(computed // POWER.block_size, POWER.num_blocks(computed + new)):

@@ -1,4 +1,4 @@
-"""What the benchmarks of a whole engine share: the model's shape, what is compared, requests, and processes."""
+"""Shared by the benchmarks of the whole engine: model shapes, implementations, requests, processes."""
 
 import json
 import os
@@ -30,7 +30,7 @@ QWEN2_7B: dict[str, Any] = {
     "torch_dtype": "bfloat16",
     "tie_word_embeddings": False,
 }
-# One layer, one head: what a scheduler and a KV cache do does not depend on the model's size.
+# One layer, one head: the scheduler and the KV cache do not depend on the model's size.
 TINY = QWEN2_7B | {
     "hidden_size": 32,
     "intermediate_size": 32,
@@ -52,7 +52,7 @@ CHUNK = 8_192
 
 @contextmanager
 def model_folder(config: dict[str, Any]) -> Iterator[str]:
-    """A folder that vLLM takes for a model: its weights are random."""
+    """A folder that vLLM accepts as a model with random weights."""
     with tempfile.TemporaryDirectory() as directory:
         (Path(directory) / "config.json").write_text(json.dumps(config))
         yield directory
@@ -60,7 +60,7 @@ def model_folder(config: dict[str, Any]) -> Iterator[str]:
 
 @contextmanager
 def engine(impl: str, config: dict[str, Any], **settings: Any) -> Iterator[Any]:
-    """vLLM with random weights of the shape ``config``, running one of ``IMPLS``; ``settings`` as vLLM's LLM takes."""
+    """vLLM with random weights of shape ``config`` and one of ``IMPLS``; ``settings`` are arguments of vllm.LLM."""
     from vllm import LLM
 
     with model_folder(config) as folder:
@@ -69,17 +69,15 @@ def engine(impl: str, config: dict[str, Any], **settings: Any) -> Iterator[Any]:
             folder,
             load_format="dummy",
             skip_tokenizer_init=True,
-            kernel_config={
-                "enable_flashinfer_autotune": False
-            },  # 20 s at each start, for kernels not used here
+            kernel_config={"enable_flashinfer_autotune": False},  # 20 s per start, for kernels not used here
             **{"enable_prefix_caching": False, "disable_log_stats": True, **IMPLS[impl], **settings},
         )
-        say(f"{impl}: engine up after {time.perf_counter() - begin:.0f} s")
+        say(f"{impl}: engine started in {time.perf_counter() - begin:.0f} s")
         yield llm
 
 
 def add_requests(llm_engine: Any, count: int, prompt: int, new_tokens: int) -> None:
-    """Hand over ``count`` prompts of random tokens. Each step's outputs then hold what is new, and no text."""
+    """Add ``count`` prompts of random tokens. Each step then outputs only its new tokens, without text."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -97,14 +95,14 @@ def add_requests(llm_engine: Any, count: int, prompt: int, new_tokens: int) -> N
 
 
 def run_apart(module: str, *arguments: Any) -> Iterator[Row]:
-    """Run ``module``, which ends in :func:`answer`, in a process of its own; yields its rows as they come.
+    """Run ``module``, which calls :func:`answer`, in its own process and yield its rows as they arrive.
 
-    Raises CalledProcessError where the process fails. The process ends with the generator, however that ends.
+    Raises CalledProcessError if the process fails. Closing the generator ends the process.
     """
-    # -P: a folder of the current directory must not stand in for a package, as kernels/ would for transformers.
+    # -P: folders of the current directory must not shadow packages, as kernels/ would for transformers.
     command = [sys.executable, "-P", "-m", module, json.dumps(arguments)]
     environment = {"VLLM_LOGGING_LEVEL": "WARNING"} | os.environ
-    # A session of its own, so that what the engine started can be ended with it.
+    # Its own session, so that the engine's child processes can be ended with it.
     child = subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
     )
@@ -122,19 +120,19 @@ def run_apart(module: str, *arguments: Any) -> Iterator[Row]:
 
 
 def answer(measure: Callable[..., Iterator[Row]]) -> None:
-    """The other side of :func:`run_apart`: print the rows of ``measure``, called with the arguments that came."""
+    """The child's side of :func:`run_apart`: call ``measure`` with the received arguments and print its rows."""
     for row in measure(*json.loads(sys.argv[1])):
         print(json.dumps(row), flush=True)
 
 
 def lacks_gpu(what: str, instead: str) -> bool:
-    """Whether there is no NVIDIA GPU; says then that ``what`` needs one, and what to do ``instead``."""
+    """Whether there is no NVIDIA GPU; if so, print that ``what`` needs one and what to do ``instead``."""
     lacks = gpu_name() is None
     if lacks:
-        say(f"{what}: needs an NVIDIA GPU, and torch sees none; {instead}.")
+        say(f"{what}: needs an NVIDIA GPU, and torch finds none; {instead}.")
     return lacks
 
 
 def say(line: str) -> None:
-    """Tell the progress."""
+    """Print a line of progress to stderr."""
     print(line, file=sys.stderr, flush=True)

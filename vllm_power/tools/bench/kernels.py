@@ -1,7 +1,7 @@
 """``vllm-power bench kernels``: one attention layer on the GPU, this project's kernels and their peers in one run.
 
-Random data at Qwen2-7B's shape; medians. Prefill is a whole prompt, decode one new token a request from CUDA graphs in
-which layers take turns, so that keys come from memory and not from a cache. Rows go to docs/results/kernels.jsonl.
+Random data of Qwen2-7B's shape; medians. Prefill is a whole prompt. Decode is one new token per request, from CUDA
+graphs in which layers alternate, so that keys come from memory and not from a cache. Rows go to kernels.jsonl.
 """
 
 import statistics
@@ -30,26 +30,26 @@ CONTEXTS = (1_024, 8_192, 16_384, 131_072)
 MILLION = 1 << 20
 BATCHES = (1, 8, 64)
 PAGES = (16, 256)
-FLEX_CONTEXTS = (16_384, 131_072)  # each is compiled anew, which takes a while
-VISIBLE_BYTES = 200 << 20  # of all layers together, several times a GPU's cache
+FLEX_CONTEXTS = (16_384, 131_072)  # compiled separately, which takes a while
+VISIBLE_BYTES = 200 << 20  # of all layers, several times the size of a GPU's cache
 CACHE_BYTES = 40 << 30
 
 
 def visible_bytes(work: Work) -> int:
-    """Bytes of keys and values that the pattern shows the last token of each request, in one layer."""
+    """Bytes of keys and values that the last token of each request sees, in one layer."""
     blocks = len(POWER.visible_blocks((work.context - 1) // POWER.block_size))
     keys = min(work.context, blocks * POWER.block_size)
     return work.batch * keys * 2 * work.shape.kv_heads * work.shape.head_size * work.dtype.itemsize
 
 
 def visible_flops(work: Work) -> int:
-    """Floating-point operations of the visible block pairs of whole prompts, the diagonal ones counted whole."""
+    """FLOPs of the visible block pairs of whole prompts, with whole diagonal blocks."""
     pairs = POWER.visible_pairs(work.context)
     return work.batch * pairs * POWER.block_size**2 * 4 * work.shape.heads * work.shape.head_size
 
 
 def measure(bench: str, work: Work, peer: Callable[[Work, int], peers.Call]) -> dict[str, Any] | None:
-    """One row, or None where a peer is not installed or cannot do this work. Raises what our own kernel raises."""
+    """One row, or None if a peer is not installed or does not support this work. Errors of our own kernel propagate."""
     try:
         calls = [peer(work, layer) for layer in range(len(work.caches))]
         if bench == "decode":
@@ -62,9 +62,8 @@ def measure(bench: str, work: Work, peer: Callable[[Work, int], peers.Call]) -> 
         if peer is peers.power:
             raise
         what = f"{peer.__name__}, {work.context} x {work.batch}, page {work.page}"
-        Console(stderr=True).print(
-            f"{what}: {type(error).__name__}: {str(error)[-400:]}"
-        )  # the cause comes last
+        cause = str(error)[-400:]  # the end of the message
+        Console(stderr=True).print(f"{what}: {type(error).__name__}: {cause}")
         return None
     return {
         "bench": bench,
@@ -86,7 +85,7 @@ def prefill_rows(contexts: tuple[int, ...]) -> Iterator[dict[str, Any]]:
                 if peer is peers.flex and (page != PAGES[-1] or context not in FLEX_CONTEXTS):
                     continue
                 if peer in (peers.dense_fa3, peers.triton_dense) and page != PAGES[0]:
-                    continue  # their time hardly depends on the page
+                    continue  # their time hardly depends on the page size
                 if peer is peers.triton_dense and context >= MILLION:
                     continue
                 row = measure("prefill", work, peer)
@@ -115,9 +114,9 @@ def decode_rows() -> Iterator[dict[str, Any]]:
 
 
 def main(million: bool = True, folder: Path = results.FOLDER) -> int:
-    """Measure, print the table and append the rows to ``folder``/kernels.jsonl, each as it is measured. Returns 0.
+    """Measure, append each row to ``folder``/kernels.jsonl, and print the table. Returns 0.
 
-    million: prefill also one prompt of 1,048,576 tokens, which takes a dense kernel a quarter of a minute.
+    million: also prefill one prompt of 1,048,576 tokens, which takes a dense kernel 15 seconds.
     """
     console = Console()
     here = results.machine()
@@ -139,7 +138,7 @@ def main(million: bool = True, folder: Path = results.FOLDER) -> int:
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    """A line for each piece of work: ms of every kernel, and how often the dense time holds this project's."""
+    """A line per case: ms of every kernel, and this project's speedup over dense attention."""
     names = list(dict.fromkeys(row["impl"] for row in rows if row["bench"] != "ceiling"))
     lines: dict[tuple, dict[str, float]] = {}
     for row in rows:
@@ -148,7 +147,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
             lines.setdefault(key, {})[row["impl"]] = row["median_ms"]
     copy, matmul = rows[0]["tb_per_s"], rows[1]["tflops"]
     shown = Table(title=f"ms; copy {copy:.2f} TB/s, bf16 matmul {matmul:.0f} TFLOP/s on this GPU")
-    for column in ("bench", "context", "batch", "page", *names, "to dense"):
+    for column in ("bench", "context", "batch", "page", *names, "speedup"):
         shown.add_column(column, justify="right")
     for (bench, context, batch, page), times in lines.items():
         first_page = next(row["page"] for row in rows if row["bench"] != "ceiling")

@@ -1,4 +1,4 @@
-"""Random attention layers over a paged cache on the GPU, and the two ways to time what runs on them."""
+"""Random attention layers over a paged KV cache on the GPU, and two ways to time kernels on them."""
 
 import functools
 import statistics
@@ -14,7 +14,7 @@ from vllm_power.pattern import POWER
 
 @dataclass(frozen=True)
 class Shape:
-    """Heads of a model; the default is Qwen2-7B."""
+    """Heads of a model; the default is Qwen2-7B's."""
 
     heads: int = 28
     kv_heads: int = 4
@@ -27,10 +27,10 @@ class Shape:
 
 @dataclass
 class Work:
-    """One step of ``batch`` requests of ``context`` tokens, ``new`` of them new, for several layers that take turns.
+    """One step of ``batch`` requests of ``context`` tokens, ``new`` of them new, for several layers in alternation.
 
-    Layers beyond the first keep a GPU cache from holding the keys of one layer until its next turn, as in a model.
-    caches: the KV cache of each layer, [pages, G, page_size, 2 * D], as vLLM has it.
+    With several layers, as in a model, the GPU's cache does not hold the keys of a layer until its next turn.
+    caches: the KV cache of each layer in vLLM's layout, [pages, G, page_size, 2 * D].
     """
 
     context: int
@@ -52,7 +52,7 @@ class Work:
         return PlanBuilder(visible, self.page, self.batch, self.batch * self.new)
 
     def build_plan(self) -> Plan:
-        """What the engine does once a step."""
+        """Build the plan, as the engine does once per step."""
         return self.builder.build(
             self.query_start_loc, self.seq_lens, self.page_table, self.batch * self.new, self.new
         )
@@ -63,7 +63,7 @@ class Work:
 
     @functools.cached_property
     def merged_plan(self) -> Plan:
-        """The plan for kernels that take any segment length: leading dense blocks in one segment, no padding."""
+        """The plan for kernels with any segment length: leading dense blocks in one segment, no padding."""
         visible = VisibleBlocks.of(POWER, self.context, self.query.device)
         return build_plan(self.query_start_loc, self.seq_lens, self.page_table, visible, self.page, True)
 
@@ -77,7 +77,7 @@ def make_work(
     layers: int = 1,
     shape: Shape | None = None,
 ) -> Work:
-    """Random contents; pages of all requests lie in random order in a pool of just their size. new: all by default."""
+    """Random data, with the pages of all requests in random order. new: new tokens per request; None: all."""
     shape = shape or Shape()
     new = context if new is None else new
     pages = -(-context // page)
@@ -107,7 +107,7 @@ def make_work(
 def time_calls(
     call: Callable[[], object], seconds: float = 0.5, at_least: int = 5, warm_up: int = 2
 ) -> list[float]:
-    """Times of one call in ms, by events. The GPU is kept busy before, so that the host's part is not seen."""
+    """Times of one call in ms, by events. The GPU is busy before each call, which hides the CPU launch overhead."""
     for _ in range(warm_up):
         call()
     torch.cuda.synchronize()
@@ -124,7 +124,7 @@ def time_calls(
 
 
 def time_graph(calls: list[Callable[[], object]], seconds: float = 0.06, replays: int = 11) -> list[float]:
-    """Times of a call in ms: all ``calls``, some times over, in one CUDA graph; each replay gives one mean."""
+    """Times of a call in ms: repeats all ``calls`` in one CUDA graph; each replay gives one mean."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -141,7 +141,7 @@ def time_graph(calls: list[Callable[[], object]], seconds: float = 0.06, replays
 
 
 def copy_bandwidth() -> float:
-    """TB/s of a large copy on the device, bytes read and written."""
+    """TB/s of a large copy on the device, bytes read plus bytes written."""
     source = torch.empty(2 << 30, dtype=torch.bfloat16, device="cuda").normal_()
     target = torch.empty_like(source)
     milliseconds = statistics.median(time_calls(lambda: target.copy_(source)))

@@ -1,7 +1,7 @@
-"""What is compared: this project's kernels and their peers, each as a call over one layer of a ``Work``.
+"""This project's kernels and their peers, each as a call over one layer of a ``Work``.
 
-Every function takes (work, layer number) and returns a call without arguments, or raises ImportError where the peer is
-not installed. All but flex read the same paged caches; flex has no pages and gets its keys and values side by side.
+Every function takes (work, layer number) and returns a call without arguments. It raises ImportError if the peer is not
+installed. All peers read the same paged caches, except flex, which needs contiguous keys and values.
 """
 
 import functools
@@ -78,7 +78,7 @@ def plan_fa3(work: Work, layer: int) -> Call:
 
 
 def triton_dense(work: Work, layer: int) -> Call:
-    """vLLM's Triton attention over all keys, with its split of the keys for small decode batches."""
+    """vLLM's Triton attention over all keys, with split keys for small decode batches."""
     from vllm.v1.attention.ops.triton_unified_attention import unified_attention
 
     key_cache, value_cache = split_cache(work.caches[layer])
@@ -127,7 +127,7 @@ def flex(work: Work, layer: int) -> Call:
     from torch.nn.attention.flex_attention import BlockMask
 
     if work.batch != 1 or work.new != work.context or work.context % POWER.block_size:
-        raise ImportError("compared on one whole prompt only")
+        raise ImportError("measured on one whole prompt only")
     visible = VisibleBlocks.of(POWER, work.context, work.query.device)
     blocks = visible.blocks.shape[0]
     whole = torch.zeros(blocks, blocks, dtype=torch.int32, device=work.query.device)
@@ -158,7 +158,7 @@ def flex(work: Work, layer: int) -> Call:
 def xformers_plan(work: Work, layer: int) -> Call:
     """xformers' paged attention (its split-K decode) over the plan, on pages of at least 64 tokens.
 
-    Called without xformers' dispatcher, which wants its C++ library to fit this PyTorch; a Triton kernel needs none.
+    Bypasses xformers' dispatcher, which requires a C++ library built for this PyTorch; the Triton kernel does not.
     """
     from xformers.ops.fmha import Inputs, triton_splitk
     from xformers.ops.fmha.attn_bias import PagedBlockDiagonalCausalWithOffsetPaddedKeysMask

@@ -1,8 +1,8 @@
-"""``vllm-power bench memory``: what giving KV blocks back early brings, and what it costs.
+"""``vllm-power bench memory``: the gain and the cost of KV reclamation.
 
 Four parts, each in processes of its own: the pages that one request holds over time (live), the sequences that decode
-at once in the same cache (concurrency), the scheduler's own time for a step (scheduler), and long requests through the
-whole engine on a GPU (throughput). A row goes to memory.jsonl as soon as it is measured.
+at once in the same cache (concurrency), the scheduler's own time per step (scheduler), and long requests through the
+whole engine on a GPU (throughput). Each row is appended to memory.jsonl when it is measured.
 """
 
 import subprocess
@@ -16,7 +16,9 @@ from vllm_power.tools.common.results import Row
 
 PARTS = ("live", "concurrency", "scheduler", "throughput")
 THROUGHPUT = ("power", "power_no_reclaim", "dense")
-SEQUENCES, SEQUENCE, STEPS = 256, 32_768, 600  # of the scheduler part: sequences, their tokens, steps
+SEQUENCES, SEQUENCE, STEPS = 256, 32_768, 600  # scheduler part: sequences, tokens per sequence, steps
+ENGINE = "vllm_power.tools.bench.memory_engine"
+SCHEDULER = "vllm_power.tools.bench.memory_scheduler"
 
 
 def jobs(
@@ -28,23 +30,22 @@ def jobs(
     cache_sequences: int,
     seconds: float,
 ) -> Iterator[tuple[str, tuple[object, ...]]]:
-    """The processes of one part: the module that runs, and its arguments."""
-    module = f"vllm_power.tools.bench.memory_{part}"
+    """The processes of one part: the module to run, and its arguments."""
     if part == "live":
         for impl in ("power", "power_no_reclaim"):
-            yield module, (impl, context, output, on_gpu)
+            yield ENGINE, (part, impl, context, output, on_gpu)
     elif part == "concurrency":
-        yield module, ([context // 4, context], output, cache_sequences)
+        yield SCHEDULER, (part, [context // 4, context], output, cache_sequences)
     elif part == "scheduler":
-        yield module, (SEQUENCES, SEQUENCE, STEPS)
+        yield SCHEDULER, (part, SEQUENCES, SEQUENCE, STEPS)
     else:
         cache_bytes = cache_bytes_for(cache_sequences, context + output) if cache_sequences else None
         for impl in THROUGHPUT:
-            yield module, (impl, requests, context, output, cache_bytes, seconds)
+            yield ENGINE, (part, impl, requests, context, output, cache_bytes, seconds)
 
 
 def cache_bytes_for(sequences: int, tokens: int) -> int:
-    """A KV cache of Qwen2-7B's shape, 2 bytes a number, for whole sequences of ``tokens`` tokens and a null page."""
+    """Bytes of a KV cache of Qwen2-7B's shape, 2 bytes per value, for whole sequences of ``tokens`` and a null page."""
     blocks = sequences * -(-tokens // POWER.block_size) + 1
     head_size = QWEN2_7B["hidden_size"] // QWEN2_7B["num_attention_heads"]
     token_bytes = QWEN2_7B["num_hidden_layers"] * QWEN2_7B["num_key_value_heads"] * head_size * 2 * 2
@@ -60,27 +61,27 @@ def main(
     seconds: float = 3_600,
     folder: Path = results.FOLDER,
 ) -> int:
-    """Run ``parts``, append their rows to ``folder``/memory.jsonl, print them; 0 where every process succeeded.
+    """Run ``parts``, append their rows to ``folder``/memory.jsonl and print them. Returns 0 if every process succeeds.
 
-    cache_sequences: the cache of the parts concurrency and throughput holds that many whole sequences; 0 leaves
-    throughput all the memory that vLLM takes. seconds: the most for each implementation's throughput.
+    cache_sequences: whole sequences that the cache of the parts concurrency and throughput holds; with 0, throughput
+    uses all the memory that vLLM takes. seconds: time limit of the throughput part per implementation.
     """
     here = results.machine()
     on_gpu = here["gpu"] is not None
     rows: list[Row] = []
     failures = 0
     for part in parts:
-        if part == "throughput" and lacks_gpu(part, "the other parts run without one"):
-            failures += tuple(parts) != PARTS  # asked for by name
+        if part == "throughput" and lacks_gpu(part, "the other parts run without it"):
+            failures += tuple(parts) != PARTS  # only if it was requested by name
             continue
         for module, job in jobs(part, on_gpu, requests, context, output, cache_sequences, seconds):
-            say(f"{part}: {' '.join(map(str, job))}")
+            say(" ".join(map(str, job)))
             try:
                 for row in run_apart(module, *job):
                     results.append("memory", [row], folder, here)
                     rows.append(row)
             except subprocess.CalledProcessError as failure:
-                say(f"{part} {job[0]}: failed with status {failure.returncode}")
+                say(f"{part} {job[1]}: failed with status {failure.returncode}")
                 failures += 1
     if rows:
         _print_table(rows)
@@ -99,7 +100,7 @@ def _print_table(rows: list[Row]) -> None:
         if "prefix_caching" in row:
             kinds.append("prefix caching " + ("on" if row["prefix_caching"] else "off"))
         if row.get("truncated"):
-            kinds.append("cut off")
+            kinds.append("truncated")
         numbers = (f"{row['context']:,}", f"{row['output']:,}", f"{row['value']:,.4g}")
         table.add_row(row["bench"], ", ".join(kinds), row["impl"], *numbers, row["unit"])
     Console(width=130).print(table)

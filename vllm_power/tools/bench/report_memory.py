@@ -1,4 +1,4 @@
-"""The table and the plot of ``memory.jsonl``: what giving KV blocks back early brings, and what it costs."""
+"""The table and the plot of ``memory.jsonl``: the gain and the cost of KV reclamation."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ OFF, ON, DENSE = "power_no_reclaim", "power", "dense"
 
 
 def table(measured: list[Row]) -> str:
-    """A table for each machine: its last run of each bench, reclamation off beside on."""
+    """A table per machine, with its last run of each bench: reclamation off and on."""
     tables: dict[tuple[str, ...], list[Row]] = {}
     for bench in BENCHES:
         if found := [row for row in measured if row["bench"] == bench]:
@@ -25,26 +25,41 @@ def table(measured: list[Row]) -> str:
 
 def _lines(run: list[Row]) -> str:
     works: dict[tuple[Any, ...], dict[str, Row]] = {}
-    for row in run:  # of rows that measured the same, the last
+    for row in run:  # the last row wins if two measure the same
         works.setdefault(_work(row), {})[row["impl"]] = row
     lines = [line for (bench, *_), impls in works.items() for line in LINES[bench](impls)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _work(row: Row) -> tuple[Any, ...]:
-    """What rows have in common that differ only in the implementation."""
+    """The case that a row measures, without the implementation."""
     keys = ("bench", "context", "output", "cache_sequences", "requests", "work", "prefix_caching")
     return tuple(row.get(key) for key in keys)
 
 
 def _live(impls: dict[str, Row]) -> list[list[str]]:
     on, off = impls[ON], impls[OFF]
-    held = [round(row["value"] / 100 * row["blocks"], 1) for row in (off, on)]
-    peaks = [row["peak_blocks"] for row in (off, on)]
-    return [
-        _line(f"blocks held, {what}", on, "", f"{first:g}", f"{second:g}", f"{100 * second / first:.1f} %")
-        for what, (first, second) in (("prompt done", held), ("at the peak", peaks))
-    ]
+    lines = []
+    for what, blocks in (("prompt done", _after_prompt), ("at the peak", _at_peak)):
+        first, second = blocks(off), blocks(on)
+        share = f"{100 * second / first:.1f}%"
+        lines.append(_line(f"blocks held, {what}", on, "", f"{first:g}", f"{second:g}", share))
+    return lines
+
+
+def held_blocks(measured: list[Row]) -> tuple[str, str, str]:
+    """Blocks held after the prompt's prefill, with reclamation off and on, and their ratio, from rows of bench live."""
+    rows_of = {row["impl"]: row for row in measured}
+    first, second = _after_prompt(rows_of[OFF]), _after_prompt(rows_of[ON])
+    return f"{first:g}", f"{second:g}", f"{100 * second / first:.1f}%"
+
+
+def _after_prompt(row: Row) -> float:
+    return round(row["value"] / 100 * row["blocks"], 1)
+
+
+def _at_peak(row: Row) -> float:
+    return float(row["peak_blocks"])
 
 
 def _concurrency(impls: dict[str, Row]) -> list[list[str]]:
@@ -54,7 +69,7 @@ def _concurrency(impls: dict[str, Row]) -> list[list[str]]:
 
 
 def _throughput(impls: dict[str, Row]) -> list[list[str]]:
-    """Apart: off against FLASH_ATTN is the faster attention; on against off, more sequences at once."""
+    """The gain has two factors: off / FLASH_ATTN is faster attention, on / off is more sequences at once."""
     on = impls[ON]
     what = f"tokens/s, {on['requests']} requests, cache of {on['cache_sequences']} sequences"
     values = [impls[impl]["value"] if impl in impls else None for impl in (DENSE, OFF, ON)]
@@ -69,9 +84,9 @@ def _throughput(impls: dict[str, Row]) -> list[list[str]]:
 def _scheduler_step(impls: dict[str, Row]) -> list[list[str]]:
     on, dense = impls[ON], impls[DENSE]
     caching = "with" if on["prefix_caching"] else "without"
-    what = f"scheduler ms a step, {on['batch']} sequences, {on['work']}, {caching} prefix caching"
+    what = f"scheduler ms per step, {on['batch']} sequences, {on['work']}, {caching} prefix caching"
     change = 100 * (on["value"] / dense["value"] - 1)
-    return [_line(what, on, f"{dense['value']:.3f}", "", f"{on['value']:.3f}", f"{change:+.1f} %")]
+    return [_line(what, on, f"{dense['value']:.3f}", "", f"{on['value']:.3f}", f"{change:+.1f}%")]
 
 
 def _line(what: str, row: Row, *cells: str) -> list[str]:
@@ -87,7 +102,7 @@ LINES = {
 
 
 def plot(folder: Path) -> Path:
-    """Draw the measured blocks over the computed curve, and the sequences at once, into memory.svg."""
+    """Draw the measured and the computed blocks over time, and the sequences at once, into memory.svg."""
     measured = rows(folder, "memory")
     figure, (curve, bars) = pyplot().subplots(1, 2, figsize=(12, 4), width_ratios=(3, 2))
     _plot_live(curve, last_run([row for row in measured if row["bench"] == "live"]))
@@ -102,9 +117,9 @@ def _plot_live(axes: Any, measured: list[Row]) -> None:
     for impl, label, style in ((OFF, "held, reclamation off", "--"), (ON, "held, reclamation on", ".")):
         points = next(row["points"] for row in reversed(measured) if row["impl"] == impl)
         axes.plot(*zip(*points, strict=True), style, markersize=3, label=label)
-    axes.plot(tokens, lives.live, linewidth=1, label="some later query reads them (computed)")
+    axes.plot(tokens, lives.live, linewidth=1, label="still needed (computed)")
     axes.set(
-        xlabel="tokens computed or in work",
+        xlabel="tokens computed or in flight",
         ylabel=f"blocks of {POWER.block_size} tokens",
         title=f"one request, {row['context']:,} tokens in, {row['output']:,} out, chunks of {row['chunk']:,}",
     )

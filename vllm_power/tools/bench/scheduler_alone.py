@@ -1,6 +1,6 @@
-"""vLLM's own scheduler and KV cache manager at work, with a model that is not there: every token is the same.
+"""vLLM's scheduler and KV cache manager without a model: every sampled token is the same.
 
-What is admitted, held, preempted and given back does not depend on what a model says, and a step takes microseconds.
+Admission, KV blocks and preemption do not depend on the sampled tokens, and a step takes microseconds.
 """
 
 import time
@@ -16,7 +16,7 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import ModelRunnerOutput
-from vllm.v1.request import Request, RequestStatus
+from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
 from vllm_power import compat, kv_cache
@@ -29,7 +29,7 @@ TOKEN = 5
 
 @contextmanager
 def configuration(impl_settings: dict[str, Any], **settings: Any) -> Iterator[VllmConfig]:
-    """vLLM's configuration as for a server, one step at a time; ``settings`` as vllm.LLM takes them."""
+    """vLLM's configuration of a server without asynchronous scheduling; ``settings`` are arguments of vllm.LLM."""
     with model_folder(TINY) as folder:
         yield EngineArgs(
             model=folder,
@@ -42,14 +42,14 @@ def configuration(impl_settings: dict[str, Any], **settings: Any) -> Iterator[Vl
 
 
 class SchedulerAlone:
-    """A scheduler over a cache of ``pages`` pages. All layers have the spec that the configuration gives a layer."""
+    """A scheduler over a cache of ``pages`` pages. All layers share the spec that ``config`` gives to a layer."""
 
     def __init__(self, config: VllmConfig, pages: int, full_attention: bool = False) -> None:
         spec = FullAttentionSpec(block_size=PAGE, num_kv_heads=1, head_size=32, dtype=torch.bfloat16)
         if not full_attention:
             kv_cache.configure(config)
             spec = kv_cache.customize_spec(spec)
-            # As in a server. It holds for schedulers made from ``config`` later, too.
+            # As in a server. Also applies to schedulers created from ``config`` later.
             compat.extend_scheduler(config, CountedScheduler)
         config.cache_config.num_gpu_blocks = pages
         self.caching = config.cache_config.enable_prefix_caching
@@ -66,7 +66,7 @@ class SchedulerAlone:
         self._hasher = get_request_block_hasher(PAGE, sha256) if self.caching else None
 
     def add(self, prompt: list[int], max_tokens: int) -> Request:
-        """A new request."""
+        """Add a request."""
         self._added += 1
         sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
         request = Request(str(self._added), prompt, sampling, None, block_hasher=self._hasher)
@@ -74,7 +74,7 @@ class SchedulerAlone:
         return request
 
     def step(self) -> float:
-        """One step; returns the seconds of processor time that vLLM's scheduler took for it."""
+        """Run one step. Returns the CPU seconds that vLLM's scheduler took."""
         begin = time.thread_time()
         scheduled = self.vllm.schedule()
         middle = time.thread_time()
@@ -85,18 +85,13 @@ class SchedulerAlone:
         self.preemptions += len(scheduled.preempted_req_ids or ())
         return middle - begin + end - again
 
-    def abort(self, request: Request) -> Request:
-        """As when a client goes away."""
-        self.vllm.finish_requests(request.request_id, RequestStatus.FINISHED_ABORTED)
-        return request
-
     @property
     def free_pages(self) -> int:
         """Pages that no request holds."""
         return self.vllm.kv_cache_manager.block_pool.get_num_free_blocks()
 
     def _answer(self, scheduled: SchedulerOutput) -> ModelRunnerOutput:
-        """A token for every request of which no known token is left to compute."""
+        """A token for every request whose known tokens are all computed."""
         names = list(scheduled.num_scheduled_tokens)
         requests = [self.vllm.requests[name] for name in names]
         tokens = [[TOKEN] if r.num_computed_tokens >= r.num_tokens else [] for r in requests]

@@ -1,7 +1,7 @@
-"""``vllm-power bench serve``: the whole engine, the pattern against vLLM's FlashAttention in one run.
+"""``vllm-power bench serve``: the whole engine, under the pattern and with vLLM's FlashAttention, in one run.
 
-Each backend runs in a process of its own, with the same random weights of a 7B shape and the same random prompts:
-time to first token by prompt length, and the time of a decode step by context and batch.
+Measures the time to first token by prompt length, and the time of a decode step by context and batch size. Each backend
+has its own process, with random weights of a 7B shape and random prompts.
 """
 
 import statistics
@@ -15,23 +15,23 @@ from vllm_power.tools.bench.engine import CHUNK, QWEN2_7B, add_requests, answer,
 from vllm_power.tools.common import results
 
 COMPARED = ("power", "dense")
-# Above 512 tokens vLLM replays no CUDA graph: 640 and 768 show what the launches cost the host.
+# Above 512 tokens vLLM replays no CUDA graph: 640 and 768 show the CPU launch overhead.
 PROMPTS = (512, 640, 768, 1_024, 1_536, 2_048, 4_096, 8_192, 16_384, 131_072)
 DECODES = ((1, 512), (1, 2_048), (1, 8_192), (32, 1_024), (64, 8_192), (1, 131_072), (8, 131_072))
 NEW_TOKENS = 48
-# A prompt of some 20 ms varies by a few per cent: short ones are measured for so long, but not more often than that.
+# Times of about 20 ms vary by a few percent: short prompts repeat for SHORT_MS in total, at most MOST_REPEATS times.
 SHORT_MS, MOST_REPEATS = 1_500, 40
 
 
 def run_backend(
     impl: str, prompts: list[int], decodes: list[tuple[int, int]], repeats: int
 ) -> Iterator[dict[str, Any]]:
-    """Measure one backend in this process; yields a row a measurement."""
+    """Measure one backend in this process; yields one row per measurement."""
     max_model_len = max([*prompts, *(context for _, context in decodes)]) + 256
     settings = {"max_model_len": max_model_len, "max_num_batched_tokens": CHUNK, "max_num_seqs": 256}
     with engine(impl, QWEN2_7B, **settings) as llm:
         vllm = llm.llm_engine
-        # What the first request takes beyond the others is compilation that warm-up left.
+        # The first request is slower by the compilation that warm-up did not cover.
         first = 1e3 * _steps(vllm, 1, 512, 1)[0][0]
         yield {"bench": "first_request", "impl": impl, "context": 512, "batch": 1, "n": 1, **_ms([first])}
         for prompt in prompts:
@@ -39,7 +39,7 @@ def run_backend(
             while len(times) < (repeats if prompt <= 32_768 else 3) or (
                 sum(times) < SHORT_MS and len(times) < MOST_REPEATS
             ):
-                # Only the last chunk of a prompt brings an output.
+                # Only the last chunk of a prompt has an output.
                 times.append(1e3 * _steps(vllm, 1, prompt, 1)[0][0])
             yield {
                 "bench": "ttft",
@@ -50,7 +50,7 @@ def run_backend(
                 **_ms(times),
             }
         for batch, context in decodes:
-            # The first request must still be decoding when the last one's prompt is through.
+            # The first request must still decode when the last prompt is computed.
             steps = _steps(vllm, batch, context, NEW_TOKENS + batch * -(-context // CHUNK))
             times = [1e3 * seconds for seconds, outputs in steps if outputs == batch][2:]
             yield {
@@ -68,7 +68,7 @@ def _ms(times: list[float]) -> dict[str, float]:
 
 
 def _steps(vllm: Any, batch: int, prompt: int, new_tokens: int) -> list[tuple[float, int]]:
-    """Serve ``batch`` random prompts; of each step with outputs: seconds since the last one, and how many."""
+    """Serve ``batch`` random prompts; per step with outputs: seconds since the previous one, number of outputs."""
     add_requests(vllm, batch, prompt, new_tokens)
     last, intervals = time.perf_counter(), []
     while vllm.has_unfinished_requests():
@@ -80,9 +80,9 @@ def _steps(vllm: Any, batch: int, prompt: int, new_tokens: int) -> list[tuple[fl
 
 
 def main(repeats: int = 5, folder: Path = results.FOLDER) -> int:
-    """Measure every backend, append the rows to ``folder``/serve.jsonl as they come, and print the table.
+    """Measure every backend, append each row to ``folder``/serve.jsonl, and print the table.
 
-    Returns 0, or the status of the process that failed.
+    Returns 0, or the status of a failed process.
     """
     rows = []
     here = results.machine()

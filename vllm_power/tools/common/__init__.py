@@ -1,1 +1,1 @@
-"""What several tools share: results, plots, a server to measure, progress, command-line options."""
+"""Shared by several tools: results, plots, a vLLM server, progress, command-line options."""

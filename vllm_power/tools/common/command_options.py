@@ -1,4 +1,4 @@
-"""What several commands have alike: options, and how they fail."""
+"""Options and error handling that several commands share."""
 
 import json
 from collections.abc import Iterator
@@ -11,22 +11,22 @@ Model = Annotated[str, typer.Argument(help="The model: a folder or a name.")]
 PatternJson = Annotated[
     str | None,
     typer.Option(
-        help="The pattern, as under `power` in --additional-config.",
+        help="Options of the backend as JSON, as under `power` in --additional-config.",
         show_default="the checkpoint's, else power",
     ),
 ]
-Dtype = Annotated[str, typer.Option(help="As in transformers: auto, bfloat16, float32.")]
-Device = Annotated[str, typer.Option(help="As transformers' device_map: auto, cpu, cuda:0.")]
+Dtype = Annotated[str, typer.Option(help="dtype for transformers: auto, bfloat16, float32.")]
+Device = Annotated[str, typer.Option(help="device_map for transformers: auto, cpu, cuda:0.")]
 
 
 class Stopped(Exception):
-    """A training was asked to stop before its end; the same command goes on from what it wrote."""
+    """A training was stopped by a signal; the same command resumes it."""
 
 
 @contextmanager
 def errors_in_one_line(command: str, extra: str) -> Iterator[None]:
-    """End a command with status 1 and one line where a file or a value is wrong, a package of ``extra`` is missing, or
-    a training stopped or can not go on."""
+    """Exit with status 1 and one line if a file or a value is wrong, a package of ``extra`` is missing, or a training
+    was stopped or cannot continue."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -38,7 +38,7 @@ def errors_in_one_line(command: str, extra: str) -> Iterator[None]:
 
 
 def json_object(text: str, source: str) -> dict[str, Any]:
-    """The object that an option holds as JSON; ``source`` names it in errors. Raises ValueError."""
+    """Parse the JSON object in an option; ``source`` is its name in errors. Raises ValueError."""
     try:
         found = json.loads(text)
     except json.JSONDecodeError as error:

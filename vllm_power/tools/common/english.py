@@ -1,4 +1,4 @@
-"""English text that every Python carries."""
+"""English text that every Python installation contains."""
 
 
 def english_text() -> str:

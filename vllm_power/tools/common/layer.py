@@ -1,4 +1,4 @@
-"""One attention layer of a real vLLM backend, outside an engine: its builder, its implementation and a filled cache."""
+"""One attention layer of a real vLLM backend without an engine: builder, implementation and a filled KV cache."""
 
 import json
 import tempfile
@@ -23,13 +23,13 @@ class Shape:
 
 @dataclass
 class Batch:
-    """A step's requests: tokens in the cache already, and new ones."""
+    """The requests of a step: cached tokens and new tokens of each."""
 
     computed: Sequence[int]
     new: Sequence[int]
 
     def common_metadata(self, page_size: int, num_pages: int) -> Any:
-        """vLLM's CommonAttentionMetadata for this step, its pages in random order."""
+        """vLLM's CommonAttentionMetadata for this step, with pages in random order."""
         from vllm.v1.attention.backend import CommonAttentionMetadata
 
         new = torch.tensor(list(self.new))
@@ -58,7 +58,7 @@ class Batch:
 
 @dataclass
 class Layer:
-    """``backend``'s builder and implementation with a KV cache of ``num_pages`` pages of random numbers, on the CPU."""
+    """Builder and implementation of ``backend`` with a KV cache of ``num_pages`` random pages, on the CPU."""
 
     backend: str
     shape: Shape
@@ -105,7 +105,7 @@ class Layer:
         self.cache = torch.randn(cache_shape, dtype=dtype)
 
     def run(self, step: Any, tensors: tuple[torch.Tensor, ...], layers: int) -> None:
-        """A whole step as the engine does it: build the metadata once, then write and attend once for each layer."""
+        """Run a step as the engine does: build the metadata once, then write the cache and attend in each layer."""
         query, key, value, output = tensors
         metadata = self.builder.build(0, step)
         for _ in range(layers):

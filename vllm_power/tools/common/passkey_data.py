@@ -1,10 +1,10 @@
-"""The passkey task: a five-digit number hidden in sentences, and a question for it at the end.
+"""The passkey task: a five-digit number hidden among sentences, and a question about it at the end.
 
     ... The river is cold. The passkey is 48213. The horse is small. ... What is the passkey? The passkey is 48213.
 
-A token is a word with the space before it, a digit, a space or a mark, so that joining tokens gives the text and the
-text gives the tokens back. A sentence of filler has five tokens; the passkey's has ten and takes the place of two.
-Batches are drawn on the device by whole-tensor operations.
+A token is a word with its leading space, a digit, a space or a punctuation mark, so tokenization is lossless. A filler
+sentence has five tokens; the passkey's sentence has ten and replaces two. Batches are drawn on the device with
+whole-tensor operations.
 """
 
 from collections.abc import Callable
@@ -48,8 +48,8 @@ SHORTEST = 2 * SENTENCE + len(NEEDLE) + len(QUESTION) + len(ANSWER)
 class Batch:
     """Documents of one length, all int64 on one device.
 
-    tokens: [documents, length]; digits: [documents, 5], each 0 to 9; needle: [documents], where the passkey's sentence
-    starts; question: [documents], where the question starts.
+    tokens: [documents, length]; digits: [documents, 5], each 0 to 9; needle: [documents], start of the passkey's
+    sentence; question: [documents], start of the question.
     """
 
     tokens: torch.Tensor
@@ -58,7 +58,7 @@ class Batch:
     question: torch.Tensor
 
     def answer_positions(self) -> torch.Tensor:
-        """[documents, 8]: the positions whose next token belongs to the answer."""
+        """[documents, 8]: the positions that predict the answer's tokens."""
         steps = torch.arange(len(ANSWER), device=self.tokens.device)
         return self.question[:, None] + len(QUESTION) - 1 + steps
 
@@ -67,7 +67,7 @@ class Batch:
         return self.tokens.gather(1, self.answer_positions() + 1)
 
     def prompt(self, document: int) -> tuple[torch.Tensor, str]:
-        """The token ids of one document up to the question's end, int64 [tokens], and its five digits."""
+        """The token ids of a document up to the end of its question, int64 [tokens], and its five digits."""
         end = int(self.question[document]) + len(QUESTION)
         return self.tokens[document, :end], "".join(map(str, self.digits[document].tolist()))
 
@@ -88,10 +88,10 @@ def sample(
 ) -> Batch:
     """Draw a batch on the generator's device.
 
-    depth: the passkey's place, uniform between these shares of the filler (0 the start, 1 right before the question);
-    the same for all documents or float [documents].
-    slack: the answer ends up to this many tokens (exclusive) before the document does, so that the question's place
-    in its block varies. Raises ValueError where the document is too short for this.
+    depth: range of the passkey's position, as shares of the filler (0: the start, 1: right before the question); drawn
+    uniformly. Each bound is a number for all documents or float [documents].
+    slack: the answer ends up to this many tokens (exclusive) before the end of the document, so that the question's
+    position in its block varies. Raises ValueError if the document is too short.
     """
     if length - max(slack - 1, 0) < SHORTEST:
         raise ValueError(
@@ -107,7 +107,7 @@ def sample(
     tokens = _filler(documents, length, question, integers)
 
     phase = question % SENTENCE
-    places = (question - phase) // SENTENCE - 1  # sentence boundaries where the passkey's ten tokens fit
+    places = (question - phase) // SENTENCE - 1  # sentence boundaries with room for the passkey's ten tokens
     share = depth[0] + (depth[1] - depth[0]) * torch.rand(documents, generator=generator, device=device)
     needle = phase + SENTENCE * torch.minimum((share * places).long(), places - 1)
 
@@ -124,7 +124,7 @@ def sample(
 def _filler(
     documents: int, length: int, question: torch.Tensor, integers: Callable[..., torch.Tensor]
 ) -> torch.Tensor:
-    """[documents, length]: sentences, one of which starts at ``question``."""
+    """[documents, length]: filler sentences, one of which starts at ``question``."""
     place = (torch.arange(length, device=question.device) - question[:, None]) % SENTENCE
     fixed = torch.tensor([ID[" The"], 0, ID[" is"], 0, ID["."]], device=question.device)
     tokens = fixed[place]
@@ -135,5 +135,5 @@ def _filler(
 
 
 def text(tokens: torch.Tensor) -> str:
-    """The text of one document's token ids."""
+    """The text of a document's token ids."""
     return "".join(WORDS[token] for token in tokens.tolist())

@@ -1,11 +1,11 @@
-"""Plots that are the same file for the same rows."""
+"""Reproducible plots: the same rows give the same file."""
 
 from pathlib import Path
 from typing import Any
 
 
 def pyplot() -> Any:
-    """matplotlib.pyplot, drawing svg without dates and random names."""
+    """matplotlib.pyplot for SVG without dates and random ids."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -16,7 +16,7 @@ def pyplot() -> Any:
 
 
 def save(figure: Any, path: Path) -> Path:
-    """Write ``figure`` to ``path``, close it and return the path."""
+    """Write ``figure`` to ``path`` and close it. Returns the path."""
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
     pyplot().close(figure)

@@ -1,4 +1,4 @@
-"""Shows that a server is starting: a live line in a terminal, a line every ten seconds elsewhere."""
+"""Progress while a server starts: a live line in a terminal, otherwise a line every ten seconds."""
 
 import re
 from types import TracebackType
@@ -11,7 +11,7 @@ LOG_PREFIX = re.compile(r"^.*?\[[\w.]+:\d+\] ")  # "(Worker pid=7) INFO 11-23 19
 
 
 class Progress:
-    """A context manager; call it with the seconds waited and the log's last line, as often as you like."""
+    """A context manager; call it repeatedly with the elapsed seconds and the last line of the log."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -28,7 +28,7 @@ class Progress:
         self.stop()
 
     def __call__(self, seconds: float, line: str) -> None:
-        """Show the time and as much of the line as fits."""
+        """Show the time and the line, truncated to the width."""
         text = f"{seconds:4.0f} s  {escape(LOG_PREFIX.sub('', line)[: max(20, self.console.width - 14)])}"
         if self.console.is_terminal:
             self.status.update(text)
@@ -37,5 +37,5 @@ class Progress:
             self.console.print(f"     {text}", soft_wrap=True)
 
     def stop(self) -> None:
-        """Take the live line away."""
+        """Remove the live line."""
         self.status.stop()

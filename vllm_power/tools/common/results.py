@@ -1,4 +1,4 @@
-"""Rows of measurements: one JSON object a line, with the machine and the versions beside every number."""
+"""Rows of measurements: one JSON object per line, each with the machine and the versions."""
 
 import importlib.metadata
 import json
@@ -9,19 +9,19 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path("docs/results")
-ABOVE = Path(__file__).resolve().parents[3]  # a checkout, or where the wheel was installed
+ABOVE = Path(__file__).resolve().parents[3]  # a checkout, or the folder of an installed wheel
 Row = dict[str, Any]
 
 
 def gpu_name() -> str | None:
-    """The GPU that torch takes; None where it sees none."""
+    """The name of torch's current GPU; None without a GPU."""
     import torch
 
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
 def machine() -> dict[str, Any]:
-    """GPU, capability, driver, versions, commit and date of this run; those of a GPU are None where there is none."""
+    """GPU, capability, driver, versions, commit and date of this run; the GPU's fields are None without one."""
     import torch
 
     gpu = gpu_name()
@@ -46,9 +46,9 @@ def machine() -> dict[str, Any]:
 
 
 def append(name: str, rows: list[Row], folder: Path = FOLDER, here: Row | None = None) -> Path:
-    """Add ``rows`` to ``folder``/``name``.jsonl and return that path.
+    """Append ``rows`` to ``folder``/``name``.jsonl. Returns its path.
 
-    Each gets the fields ``here``: those of :func:`machine` at the start, where a run adds rows one after the other.
+    here: fields that are added to each row; None: :func:`machine`. A run that appends repeatedly passes the same ones.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.jsonl"
@@ -59,23 +59,23 @@ def append(name: str, rows: list[Row], folder: Path = FOLDER, here: Row | None =
 
 
 def rows(folder: Path, name: str) -> list[Row]:
-    """The rows of ``folder``/``name``.jsonl; none where there is no such file."""
+    """The rows of ``folder``/``name``.jsonl; an empty list if there is no such file."""
     path = folder / f"{name}.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def run_of(row: Row) -> tuple[str, ...]:
-    """What the rows of a run share: machine, versions, commit and day."""
+    """The key of a run: machine, versions, commit and day."""
     return tuple(str(row.get(key)) for key in ("gpu", "cpu", "versions", "commit", "date"))
 
 
 def last_run(measured: list[Row]) -> list[Row]:
-    """The rows of the same run as the last one: only within a run are measurements compared."""
+    """The rows of the last run. Measurements are compared only within a run."""
     return [row for row in measured if run_of(row) == run_of(measured[-1])]
 
 
 def where(row: Row) -> str:
-    """The machine, versions, day and commit of a row, as a line above a table."""
+    """Machine, versions, day and commit of a row, as the line above a table."""
     versions = row["versions"]
     return (
         f"{row['gpu'] or row.get('cpu')}, vLLM {versions['vllm']}, torch {versions['torch']}, "
@@ -84,9 +84,9 @@ def where(row: Row) -> str:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that this package runs from. Where it was installed from a wheel, POWER_COMMIT tells.
+    """The commit of this package's checkout, or POWER_COMMIT if it was installed from a wheel.
 
-    The repository around a site-packages folder, or around the current directory, is another project's.
+    A repository around site-packages or around the current directory belongs to another project and is ignored.
     """
     found = (
         _output("git", "-C", str(ABOVE), "rev-parse", "--short", "HEAD")
@@ -97,7 +97,7 @@ def _commit() -> str | None:
 
 
 def _cpu_model() -> str:
-    """The processor's name as Linux tells it."""
+    """The processor's name in /proc/cpuinfo."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
 

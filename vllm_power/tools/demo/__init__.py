@@ -1,1 +1,1 @@
-"""The demonstration: a small model, a real server and two requests."""
+"""``vllm-power demo``: a real server with a small model, and requests to it."""

@@ -1,4 +1,4 @@
-"""The shipped model's task over the OpenAI API: a passkey in a long text, asked for at its end."""
+"""The packaged model's task over the OpenAI API: a passkey in a long text, and a question about it at the end."""
 
 import time
 from collections.abc import Iterator
@@ -10,14 +10,14 @@ from vllm_power.tools.common.vllm_server import Server
 from vllm_power.tools.demo.requests import Answer, answer, client_of, failing_as
 
 MODEL = Path(__file__).with_name("passkey_model")
-# So far back that a sliding window does not hand them on in the model's few layers; none across the border of two
-# blocks, as one at 25 % of 32,768 tokens would be (docs/passkey.md says how much harder that is).
+# Too far back for a sliding window to relay them through the model's few layers. None crosses a block boundary, as one
+# at 25% of 32,768 tokens would; docs/passkey.md measures how much harder that is.
 DEPTHS = (0.05, 0.15, 0.27, 0.35, 0.45)
 
 
 @dataclass(frozen=True)
 class Hidden:
-    """A prompt, the five digits in it, and the share of the text before them."""
+    """A prompt, its five-digit passkey, and the share of the text before the passkey."""
 
     prompt: str
     digits: str
@@ -25,7 +25,7 @@ class Hidden:
 
 
 def hide(tokens: int, seed: int = 0) -> list[Hidden]:
-    """A prompt for each of ``DEPTHS``, with its answer ``tokens`` tokens. Raises ValueError where that is too short."""
+    """A prompt per depth, with ``tokens`` tokens including its answer. Raises ValueError if that is too few."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -38,7 +38,7 @@ def hide(tokens: int, seed: int = 0) -> list[Hidden]:
 
 
 def answers(server: Server, model: str, prompts: list[Hidden]) -> Iterator[tuple[Hidden, Answer]]:
-    """Ask for each passkey, greedily. Raises ServerFailed where the server refuses one or does not answer."""
+    """Ask for each passkey with greedy decoding. Raises ServerFailed if the server refuses or does not answer."""
     client = client_of(server)
     for hidden in prompts:
         start = time.monotonic()
@@ -51,5 +51,5 @@ def answers(server: Server, model: str, prompts: list[Hidden]) -> Iterator[tuple
 
 
 def found(hidden: Hidden, text: str) -> bool:
-    """Whether a text begins with the passkey, spaces aside."""
+    """Whether a text starts with the passkey, ignoring leading spaces."""
     return text.strip().startswith(hidden.digits)

@@ -1,4 +1,4 @@
-"""The demonstration's two requests, through the official `openai` client: a chat and a long prompt."""
+"""Two requests with the official `openai` client: a chat and a long prompt."""
 
 import json
 import time
@@ -20,7 +20,7 @@ LONG_QUESTION = "\n\nQuestion: what does the text above describe?\nAnswer:"
 
 @dataclass(frozen=True)
 class Answer:
-    """One request and its answer. Token counts are the server's own, seconds are for the whole request."""
+    """A request and its answer. Token counts are the server's; seconds are for the whole request."""
 
     title: str
     prompt: str
@@ -33,7 +33,7 @@ class Answer:
 def answers(server: Server, model: str, long_tokens: int) -> Iterator[Answer]:
     """Send the chat, then a prompt of at least `long_tokens` tokens.
 
-    Raises ServerFailed where the server refuses one or does not answer.
+    Raises ServerFailed if the server refuses a request or does not answer.
     """
     client = client_of(server)
     settings: dict[str, Any] = {"model": model, "max_tokens": ANSWER_TOKENS, "temperature": 0}
@@ -52,7 +52,7 @@ def answers(server: Server, model: str, long_tokens: int) -> Iterator[Answer]:
 
 @contextmanager
 def failing_as(server: Server) -> Iterator[None]:
-    """Raises ServerFailed, which names the log of ``server``, for a request that it refuses or does not answer."""
+    """Raise ServerFailed, with the log of ``server``, if it refuses a request or does not answer."""
     try:
         yield
     except (OpenAIError, OSError) as error:
@@ -60,7 +60,7 @@ def failing_as(server: Server) -> Iterator[None]:
 
 
 def client_of(server: Server) -> OpenAI:
-    """A client that goes straight to this machine, whatever proxy the environment names."""
+    """A client that ignores the proxy settings of the environment."""
     return OpenAI(base_url=server.base_url, api_key="none", http_client=DefaultHttpxClient(trust_env=False))
 
 
@@ -71,21 +71,21 @@ def answer(title: str, prompt: str, text: str, usage: Any, start: float) -> Answ
 
 
 def long_prompt(server: Server, model: str, num_tokens: int) -> str:
-    """Return English text and a question, together at least `num_tokens` tokens and hardly more."""
-    length = num_tokens * 4  # characters; a first guess, mended by what the server counts
+    """Return English text with a question at its end, together at least `num_tokens` tokens and hardly more."""
+    length = num_tokens * 4  # characters; a first guess, corrected by the server's count
     while (counted := count_tokens(server, model, beginning(length) + LONG_QUESTION)) < num_tokens:
         length = int(length * 1.02 * num_tokens / counted)
     return beginning(int(length * num_tokens / counted * 1.01)) + LONG_QUESTION
 
 
 def beginning(length: int) -> str:
-    """Return so many characters of English text, which starts anew where it is too short."""
+    """Return `length` characters of English text, which is repeated if it is too short."""
     text = english_text()
     return (text * -(-length // len(text)))[:length]
 
 
 def count_tokens(server: Server, model: str, text: str) -> int:
-    """Return how many tokens the server makes of a text (vLLM's /tokenize). Raises OSError where it does not tell."""
+    """Return the number of tokens of a text, from vLLM's /tokenize. Raises OSError if the server does not answer."""
     request = urllib.request.Request(
         f"{server.url}/tokenize",
         data=json.dumps({"model": model, "prompt": text}).encode(),

@@ -1,4 +1,4 @@
-"""What `vllm-power demo` does: serve a model with the backend, ask it things over the OpenAI API, stop."""
+"""``vllm-power demo``: serve a model with the backend, send requests to its OpenAI API, stop the server."""
 
 import json
 import shlex
@@ -19,14 +19,14 @@ from vllm_power.tools.demo import passkeys
 from vllm_power.tools.demo.requests import Answer, answers
 
 PASSKEY_TOKENS = 32_768
-LONG_TOKENS = 8_192  # of the long prompt for a model of the user's
+LONG_TOKENS = 8_192  # of the long prompt with --model
 
 console = Console(highlight=False, soft_wrap=True)
 
 
 def run(model: str | None, backend: str, tokens: int | None) -> int:
-    """Run the demonstration and return the exit status: 0, 1 after a failure, 130 after Ctrl-C."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that the server is stopped then too
+    """Run the demo. Returns the exit status: 0, 1 after a failure, 130 after Ctrl-C."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds the stack, which stops the server
     try:
         if model is None:
             find_passkeys(backend, tokens or PASSKEY_TOKENS)
@@ -45,13 +45,13 @@ def run(model: str | None, backend: str, tokens: int | None) -> int:
 
 
 def find_passkeys(backend: str, tokens: int) -> None:
-    """Ask the shipped model for passkeys, under its own pattern and under a sliding window.
+    """Ask the packaged model for passkeys, under its own pattern and under a sliding window.
 
-    Raises ServerFailed, which names the server's log.
+    Raises ServerFailed.
     """
     hidden = passkeys.hide(tokens)
     console.print(
-        f"[bold]Model[/bold]   {passkeys.MODEL.name}: a small Llama that was trained under the power pattern to find a "
+        f"[bold]Model[/bold]   {passkeys.MODEL.name}: a small Llama trained under the power pattern to find a "
         "five-digit number in a long text"
     )
     on_power = backend.lower() == "power"
@@ -65,13 +65,13 @@ def find_passkeys(backend: str, tokens: int) -> None:
                 back = passkeys.found(key, answer.text)
                 console.print("  [green]found[/green]" if back else f"  [red]not found[/red]: {key.digits}")
                 right += back
-            console.print(f"\n[bold]{right} of {len(hidden)} passkeys came back.[/bold]\n")
+            console.print(f"\n[bold]{right} of {len(hidden)} passkeys found.[/bold]\n")
             if on_power and not pattern:
                 report_reading(tokens)
 
 
 def ask_two_things(model: str, backend: str, tokens: int) -> None:
-    """Serve a model of the user's, and send it a chat and a long prompt. Raises ServerFailed."""
+    """Serve ``model`` and send it a chat and a long prompt. Raises ServerFailed."""
     with started(model, backend, 2 * tokens) as server:
         for answer in answers(server, model, tokens):
             report(answer)
@@ -81,7 +81,7 @@ def ask_two_things(model: str, backend: str, tokens: int) -> None:
 
 @contextmanager
 def started(model: str, backend: str, max_model_len: int, pattern: str | None = None) -> Iterator[Server]:
-    """A server on this machine, its start shown; ``pattern`` is served in place of the checkpoint's."""
+    """A server on this machine, with its progress shown; ``pattern`` overrides the checkpoint's."""
     arguments = ["--attention-backend", backend, "--max-model-len", str(max_model_len)]
     env = {"VLLM_NO_USAGE_STATS": "1"}
     if pattern:
@@ -90,7 +90,7 @@ def started(model: str, backend: str, max_model_len: int, pattern: str | None = 
     if Path(model) == passkeys.MODEL:
         env["HF_HUB_OFFLINE"] = "1"
     if "cpu" in version("vllm"):
-        arguments.append("--enforce-eager")  # compiling takes longer than the demonstration
+        arguments.append("--enforce-eager")  # compilation takes longer than the demo
         env["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB
     else:
         arguments += ["--gpu-memory-utilization", "0.5"]
@@ -98,14 +98,14 @@ def started(model: str, backend: str, max_model_len: int, pattern: str | None = 
     start = time.monotonic()
     with Progress(console) as progress, serve(model, *arguments, env=env, on_wait=progress) as server:
         progress.stop()
-        console.print(f"        ready after {time.monotonic() - start:.0f} s, its log is {server.log}")
+        console.print(f"        ready after {time.monotonic() - start:.0f} s, log: {server.log}")
         for line in backend_lines(server.log):
             console.print(f"        {line}", markup=False)
         yield server
 
 
 def backend_lines(log: Path) -> list[str]:
-    """Return what the backend says of itself in the server's log."""
+    """Return the backend's own lines in the server's log."""
     marker = "PowerAttention: "
     return [
         marker + line.split(marker)[1]
@@ -115,7 +115,7 @@ def backend_lines(log: Path) -> list[str]:
 
 
 def report(answer: Answer) -> None:
-    """Print one answer and the time it took."""
+    """Print an answer and its time."""
     console.print(
         f"\n[bold]{answer.title}[/bold]  {answer.prompt_tokens:,} tokens, "
         f"answered with {answer.answer_tokens} in {answer.seconds:.2f} s"
@@ -125,16 +125,16 @@ def report(answer: Answer) -> None:
 
 
 def report_reading(num_tokens: int) -> None:
-    """Print what share of the causal block pairs the pattern reads at this length."""
+    """Print the share of the causal block pairs that the pattern reads at this length."""
     blocks = POWER.num_blocks(num_tokens)
     console.print(
-        f"\n[bold]Block pairs read[/bold]  {POWER.density(num_tokens):.1%} of those that dense attention reads: "
+        f"\n[bold]Block pairs read[/bold]  {POWER.density(num_tokens):.1%} of dense attention's: "
         f"{POWER.visible_pairs(num_tokens)} of {blocks * (blocks + 1) // 2} "
         f"({blocks} blocks of {POWER.block_size} tokens)\n"
     )
 
 
 def shorten(text: str, length: int = 150) -> str:
-    """Return the text on one line, its middle left out where it is long."""
+    """Return the text on one line, with its middle elided if it is long."""
     text = " ".join(text.split())
     return text if len(text) <= length else f"{text[: length // 2]} ... {text[-length // 2 :]}"

@@ -25,8 +25,12 @@ def eval_command(
     backend: Annotated[
         str, typer.Option(help="Attention backend of the server that is started.", rich_help_panel=MODEL)
     ] = "power",
-    additional_config: Annotated[
-        str | None, typer.Option(help="Handed on to the server that is started.", rich_help_panel=MODEL)
+    power: Annotated[
+        str | None,
+        typer.Option(
+            help="With --serve: the options under `power` in --additional-config, as JSON.",
+            rich_help_panel=MODEL,
+        ),
     ] = None,
     dense_url: Annotated[
         str | None,
@@ -149,7 +153,7 @@ def eval_command(
             tokenizer=tokenizer,
         )
         others = context.args
-        arguments = server_arguments(backend, additional_config, others) if serve else tuple(others)
+        arguments = server_arguments(backend, power, others) if serve else tuple(others)
         target = Target(url=url, serve=serve, arguments=arguments)
         dense = None
         if "agreement" in settings.tasks:

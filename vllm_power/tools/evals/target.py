@@ -53,18 +53,14 @@ class Target:
             yield server.base_url
 
 
-def server_arguments(
-    backend: str | None, additional_config: str | None, others: list[str]
-) -> tuple[str, ...]:
-    """The arguments of `vllm serve`. Raises EvalError where additional_config is no JSON object."""
+def server_arguments(backend: str | None, power: str | None, others: list[str]) -> tuple[str, ...]:
+    """The arguments of `vllm serve`. Raises EvalError if ``power``, the options of the backend, is no JSON object."""
     arguments = ["--attention-backend", backend] if backend else []
-    if additional_config:
+    if power:
         try:
-            if not isinstance(json.loads(additional_config), dict):
+            if not isinstance(options := json.loads(power), dict):
                 raise ValueError("not an object")
         except ValueError as error:
-            raise EvalError(
-                f"--additional-config is no JSON object ({error}): {additional_config}"
-            ) from error
-        arguments += ["--additional-config", additional_config]
+            raise EvalError(f"--power is no JSON object ({error}): {power}") from error
+        arguments += ["--additional-config", json.dumps({"power": options})]
     return (*arguments, *others)

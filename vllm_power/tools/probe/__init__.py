@@ -1,1 +1,1 @@
-"""Linear probes of hidden states: how far, and by which layers, a sentence is known (paper, section 4.6)."""
+"""Linear probes of hidden states: which blocks carry a key, layer by layer (paper, section 4.6)."""

@@ -1,4 +1,4 @@
-"""The options of `vllm-power probe`."""
+"""The options of ``vllm-power probe``."""
 
 from pathlib import Path
 from typing import Annotated
@@ -14,35 +14,41 @@ from vllm_power.tools.common.command_options import (
     json_object,
 )
 
-# Any tokenizer can tell numbers apart, the small model's too. The paper has six words: apple,banana,cherry,...
+# Every tokenizer distinguishes numbers, including the passkey model's. The paper uses six words: apple,banana,...
 KEYS = "48213,07946,91350,26871,53094,60782"
 
 
 def probe_command(
     model: Model,
-    options: PatternJson = None,
-    keys: Annotated[str, typer.Option(help="What to hide, one in each prompt; with commas.")] = KEYS,
-    tokens: Annotated[int, typer.Option(min=32, help="Tokens of a prompt, whole blocks.")] = 16_384,
-    depth: Annotated[float, typer.Option(min=0.0, max=1.0, help="Where the key lies.")] = 0.1,
-    samples: Annotated[int, typer.Option(min=24, help="Prompts; a quarter are held out.")] = 1_200,
-    seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
+    power: PatternJson = None,
+    keys: Annotated[
+        str, typer.Option(help="The keys, separated by commas; each prompt hides one of them.")
+    ] = KEYS,
+    tokens: Annotated[int, typer.Option(min=32, help="Tokens per prompt, whole blocks.")] = 16_384,
+    depth: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Position of the key, as a share of the prompt.")
+    ] = 0.1,
+    samples: Annotated[int, typer.Option(min=24, help="Prompts; a quarter of them is held out.")] = 1_200,
+    seed: Annotated[int, typer.Option(help="Random seed of the prompts.")] = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
-    folder: Annotated[Path, typer.Option(help="Where probe.jsonl and probe.svg go.")] = Path("probe"),
+    folder: Annotated[Path, typer.Option(help="Output folder for probe.jsonl and probe.svg.")] = Path(
+        "probe"
+    ),
 ) -> None:
-    """Which blocks of which layers know a key hidden in the text: a linear probe for each, drawn as a heatmap."""
+    """Measure with linear probes which blocks of which layers carry a key hidden in the text."""
     with errors_in_one_line("probe", "train,eval"):
-        from vllm_power.tools.probe.run import run
+        from vllm_power.tools.probe.probe import run
 
-        told = tuple(key.strip() for key in keys.split(","))
-        if len(told) < 2 or not all(told) or samples < 8 * len(told):
+        names = tuple(key.strip() for key in keys.split(","))
+        if len(names) < 2 or not all(names) or samples < 8 * len(names):
             raise ValueError(
-                "a probe wants at least two --keys, none of them empty, and eight --samples of each"
+                "probe needs at least two --keys, none of them empty, and eight --samples per key"
             )
         run(
             model,
-            options=None if options is None else json_object(options, "--options"),
-            keys=told,
+            options=None if power is None else json_object(power, "--power"),
+            keys=names,
             tokens=tokens,
             depth=depth,
             samples=samples,

@@ -1,4 +1,4 @@
-"""Heatmaps layer x block, after the paper's section 4.6: one for each model and pattern."""
+"""Heatmaps of layer by block, one per model and pattern (paper, section 4.6)."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from vllm_power.tools.common.results import Row
 
 
 def heatmaps(rows: list[Row]) -> dict[tuple[str, str], dict[int, Row]]:
-    """{(model, pattern): {layer: row}}, of the last run each; a run's rows begin with layer 0."""
+    """{(model, pattern): {layer: row}} of the last run of each; the rows of a run start with layer 0."""
     found: dict[tuple[str, str], dict[int, Row]] = {}
     for row in rows:
         key = row["model"], row["pattern"]
@@ -19,7 +19,7 @@ def heatmaps(rows: list[Row]) -> dict[tuple[str, str], dict[int, Row]]:
 
 
 def plot(rows: list[Row], path: Path) -> Path:
-    """Draw all of them, one below the other, on one scale. A line runs around what the pattern lets the key reach."""
+    """Draw all heatmaps on one scale, with a line around the blocks that the key can reach under the pattern."""
     maps = heatmaps(rows)
     figure, grid = pyplot().subplots(len(maps), 1, figsize=(9, 2.9 * len(maps)), squeeze=False)
     for axes, ((model, pattern), layers) in zip(grid[:, 0], maps.items(), strict=True):
@@ -34,24 +34,22 @@ def plot(rows: list[Row], path: Path) -> Path:
         )
         outline(axes, [set(layers[layer]["reached"]) for layer in sorted(layers)], blocks)
         powers = (1 << power for power in range((blocks - 1 - key).bit_length()))
-        distances = [
-            0,
-            *(power for power in powers if 16 * power >= blocks),
-        ]  # the others have no room for a label
+        # Shorter distances have no room for a label.
+        distances = [0, *(power for power in powers if 16 * power >= blocks)]
         axes.set_xticks(
             [key + distance for distance in distances], [f"+{distance}" for distance in distances]
         )
         axes.set(
             xlabel=f"distance from the key's block, in blocks of {row['block_size']} tokens",
-            ylabel="layers passed",
+            ylabel="layer",
             title=f"{model} under {pattern}",
         )
-        figure.colorbar(shown, ax=axes, label="key told, %")
+        figure.colorbar(shown, ax=axes, label="probe accuracy, %")
     return save(figure, path)
 
 
 def outline(axes: Any, reached: list[set[int]], blocks: int) -> None:
-    """A line between cells where one can know the key and the other can not."""
+    """Draw a line between cells that the key can reach and cells that it cannot."""
     for layer, here in enumerate(reached):
         above = reached[layer + 1] if layer + 1 < len(reached) else here
         for block in range(blocks):

@@ -1,4 +1,4 @@
-"""probe: states know the key where the pattern lets it through and nowhere else; rows and plot say so."""
+"""``vllm-power probe``: states depend on the key only in blocks that it can reach; rows and plot show this."""
 
 import json
 import shutil
@@ -15,11 +15,8 @@ from vllm_power.hf.attention import use_power
 from vllm_power.pattern import NAMES, preset
 from vllm_power.tools.cli import app
 from vllm_power.tools.passkey.export import make_tokenizer
-from vllm_power.tools.probe import texts
 from vllm_power.tools.probe.plot import heatmaps, plot
-from vllm_power.tools.probe.reach import reached
-from vllm_power.tools.probe.score import accuracies
-from vllm_power.tools.probe.states import pooled
+from vllm_power.tools.probe.probe import Prompts, accuracies, make_prompts, pooled, reached
 
 BLOCK, BLOCKS, LAYERS = 32, 40, 3
 KEYS = ("48213", "07946", "91350")
@@ -41,9 +38,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-def prompts(tokenizer: Any, **changes: Any) -> texts.Prompts:
+def prompts(tokenizer: Any, **changes: Any) -> Prompts:
     wanted = {"samples": 9, "tokens": BLOCKS * BLOCK, "block_size": BLOCK, "depth": 0.1, "seed": 0}
-    return texts.make(tokenizer, KEYS, **(wanted | changes))
+    return make_prompts(tokenizer, KEYS, **(wanted | changes))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -82,19 +79,23 @@ def test_the_key_lies_whole_in_its_block(depth: float) -> None:
     assert len(places) > 1
 
 
-def test_keys_that_a_tokenizer_can_not_tell_apart() -> None:
+def test_keys_that_a_tokenizer_cannot_distinguish() -> None:
     tokenizer = make_tokenizer()
-    with pytest.raises(ValueError, match="does not tell the keys banana, cherry apart"):
-        texts.make(tokenizer, ("banana", "cherry"), samples=9, tokens=1024, block_size=32, depth=0.1, seed=0)
+    with pytest.raises(ValueError, match="cannot distinguish the keys banana, cherry"):
+        make_prompts(
+            tokenizer, ("banana", "cherry"), samples=9, tokens=1024, block_size=32, depth=0.1, seed=0
+        )
     with pytest.raises(ValueError, match="does not know all of 'banana'"):
-        texts.make(tokenizer, ("apple", "banana"), samples=9, tokens=1024, block_size=32, depth=0.1, seed=0)
+        make_prompts(tokenizer, ("apple", "banana"), samples=9, tokens=1024, block_size=32, depth=0.1, seed=0)
     with pytest.raises(ValueError, match="more than fit into block 6"):
-        texts.make(tokenizer, ("1" * 40, "2" * 40), samples=9, tokens=2048, block_size=32, depth=0.1, seed=0)
+        make_prompts(
+            tokenizer, ("1" * 40, "2" * 40), samples=9, tokens=2048, block_size=32, depth=0.1, seed=0
+        )
 
 
 @pytest.mark.parametrize("name", ["power", "sliding_window", "longnet", "full"])
 def test_only_reached_blocks_change_with_the_key(model: Path, name: str) -> None:
-    """Two prompts that differ in the key alone: elsewhere the states are the same, bit for bit."""
+    """Two prompts that differ only in the key: in all other blocks the states are bitwise equal."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     made = prompts(tokenizer, samples=1)
     other = made.tokens.clone()
@@ -137,7 +138,7 @@ def test_the_command_writes_rows_and_draws_them(model: Path, tmp_path: Path) -> 
         given = (
             f"probe {model} --tokens 1024 --samples 120 --keys {','.join(KEYS)} --folder {tmp_path}".split()
         )
-        said = CliRunner().invoke(app, [*given, "--options", json.dumps(options)])
+        said = CliRunner().invoke(app, [*given, "--power", json.dumps(options)])
         assert said.exit_code == 0, said.output
     rows = [json.loads(line) for line in (tmp_path / "probe.jsonl").read_text().splitlines()]
     patterns = [preset(name, block_size=BLOCK, window_blocks=WINDOW) for name in ("power", "sliding_window")]
@@ -156,7 +157,7 @@ def test_the_command_writes_rows_and_draws_them(model: Path, tmp_path: Path) -> 
 
 
 def test_the_last_run_of_a_model_and_pattern_is_drawn(tmp_path: Path) -> None:
-    """One of fewer layers and blocks after another, and a model of the same name in another folder."""
+    """A run with fewer layers and blocks after another, and a model of the same name in another folder."""
 
     def run(model: str, layers: int, blocks: int) -> list[dict]:
         row = {
@@ -179,13 +180,13 @@ def test_the_last_run_of_a_model_and_pattern_is_drawn(tmp_path: Path) -> None:
 
 
 def test_a_checkpoints_pattern_is_left_only_where_that_is_said(model: Path, tmp_path: Path) -> None:
-    """As the server puts options and checkpoint together."""
+    """As the server merges options and checkpoint."""
     copy = Path(shutil.copytree(model, tmp_path / "trained"))
     config = json.loads((copy / "config.json").read_text())
     trained = {"pattern": "sliding_window", "block_size": BLOCK}
     (copy / "config.json").write_text(json.dumps(config | {"power_attention": trained}))
     said = CliRunner().invoke(
-        app, ["probe", str(copy), "--tokens", "1024", "--options", '{"window_blocks": 3}']
+        app, ["probe", str(copy), "--tokens", "1024", "--power", '{"window_blocks": 3}']
     )
     assert said.exit_code == 1
     assert "two different patterns" in said.output and "override_checkpoint" in said.output
@@ -198,9 +199,9 @@ def test_a_checkpoints_pattern_is_left_only_where_that_is_said(model: Path, tmp_
         (["--tokens", "4096"], "at most the model's 2,048"),
         (["--keys", "48213"], "at least two --keys"),
         (["--keys", "48213, ,07946"], "none of them empty"),
-        (["--options", "block"], "--options is not JSON"),
-        (["--options", "[]"], "must be a JSON object"),
-        (["--options", '{"blok_size": 64}'], "did you mean 'block_size'"),
+        (["--power", "block"], "--power is not JSON"),
+        (["--power", "[]"], "must be a JSON object"),
+        (["--power", '{"blok_size": 64}'], "did you mean 'block_size'"),
     ],
 )
 def test_wrong_settings_say_what_is_wrong(model: Path, wrong: list[str], cause: str) -> None:

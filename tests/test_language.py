@@ -1,0 +1,156 @@
+"""The language rule of CONTRIBUTING.md: slips that a word list can find, in documentation, comments and strings."""
+
+import re
+import subprocess
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+# {pattern: what to write instead}, applied to lines of text without regard to case.
+SLIPS = {
+    r"\bcan not\b": "cannot",
+    r"\banew\b": "again",
+    r"\bmend(s|ed|ing)?\b": "fix",
+    r"\b(go|goes|going|went) on\b(?! (top|to|with))": "continue",
+    r"\bhand(s|ed|ing)? on\b": "pass",
+    r"\balike\b": "in the same way, or both",
+    r"\bby itself\b": "automatically, or alone",
+    r"\bso many\b": "the number",
+    r"\bbeside\b": "next to, or in addition to",
+    r"\bat hand\b": "this, or available",
+    r"\bin (the )?place of\b": "instead of",
+    r"\bsave (for|that)\b": "except",
+    r"\bsome \d": "about",
+    r"\braises? \w+ where\b": "raises ... if",
+    r"\b(none|null|0) where (it|there|that|its|no)\b": "None if",
+    r"\b(once|twice|times|ms|us|seconds|microseconds|tokens|blocks|bytes|keys|tiles|programs|rows|nats) an? "
+    r"(step|query|token|second|layer|row|request|block|segment|head|tile|program|launch|sequence|thread)\b"
+    r"(?! (sees|reads|can|has|needs|holds))": "per",
+    r"\d %(?! \w+\))": "%, without a space",
+}
+TEXT = (".md", ".html", ".j2", ".yaml", ".yml", ".toml", ".sh", "Makefile", "Dockerfile", "Dockerfile.cpu")
+# Files that are not clean yet. The list only gets shorter.
+NOT_YET: tuple[str, ...] = (
+    "CONTRIBUTING.md",
+    "deploy/helm/vllm-power/README.md",
+    "deploy/kubernetes/overlays/tensor-parallel/kustomization.yaml",
+    "deploy/multinode/leaderworkerset/leader-worker-set.yaml",
+    "docker/check_install.py",
+    "docker/health.py",
+    "docker/prometheus/rules/alerts.yml",
+    "docker/serve.py",
+    "docs/architecture.md",
+    "docs/errors.md",
+    "docs/monitoring.md",
+    "kernels/decode.py",
+    "kernels/kv_layout.py",
+    "kernels/launch.py",
+    "kernels/plan.py",
+    "kernels/plan_gpu.py",
+    "kernels/prefill.py",
+    "kernels/prefill_hopper.py",
+    "kernels/tuning.py",
+    "tests/adapt/test_adapt.py",
+    "tests/deploy/test_images.py",
+    "tests/deploy/test_serve_script.py",
+    "tests/evals/test_figures.py",
+    "tests/hf/test_attention.py",
+    "tests/passkey/test_passkey_training.py",
+    "tests/test_doctor.py",
+    "tests/web/test_page_live.py",
+    "vllm_power/cpu_backend.py",
+    "vllm_power/hf/attention.py",
+    "vllm_power/hf/batch.py",
+    "vllm_power/hf/documents.py",
+    "vllm_power/hf/flex.py",
+    "vllm_power/hf/layers.py",
+    "vllm_power/kv_cache.py",
+    "vllm_power/metrics/__init__.py",
+    "vllm_power/metrics/collector.py",
+    "vllm_power/metrics/definitions.py",
+    "vllm_power/metrics/scheduler.py",
+    "vllm_power/metrics/shared_dir.py",
+    "vllm_power/options.py",
+    "vllm_power/pattern.py",
+    "vllm_power/refusals.py",
+    "vllm_power/tools/adapt/callbacks.py",
+    "vllm_power/tools/adapt/command.py",
+    "vllm_power/tools/adapt/data.py",
+    "vllm_power/tools/adapt/report.py",
+    "vllm_power/tools/adapt/run.py",
+    "vllm_power/tools/adapt/settings.py",
+    "vllm_power/tools/adapt/train.py",
+    "vllm_power/tools/calibrate/choose.py",
+    "vllm_power/tools/calibrate/report.py",
+    "vllm_power/tools/calibrate/run.py",
+    "vllm_power/tools/calibrate/text.py",
+    "vllm_power/tools/common/vllm_server.py",
+    "vllm_power/tools/doctor/checks.py",
+    "vllm_power/tools/doctor/kernel_run.py",
+    "vllm_power/tools/doctor/machine.py",
+    "vllm_power/tools/doctor/report.py",
+    "vllm_power/tools/evals/command.py",
+    "vllm_power/tools/evals/endpoint.py",
+    "vllm_power/tools/evals/figures.py",
+    "vllm_power/tools/evals/gate.py",
+    "vllm_power/tools/evals/grids.py",
+    "vllm_power/tools/evals/haystack.py",
+    "vllm_power/tools/evals/items.py",
+    "vllm_power/tools/evals/logprobs.py",
+    "vllm_power/tools/evals/plots.py",
+    "vllm_power/tools/evals/report.html.j2",
+    "vllm_power/tools/evals/report.py",
+    "vllm_power/tools/evals/ruler.py",
+    "vllm_power/tools/evals/run.py",
+    "vllm_power/tools/evals/settings.py",
+    "vllm_power/tools/evals/store.py",
+    "vllm_power/tools/evals/tokenizer.py",
+    "vllm_power/tools/passkey/command.py",
+    "vllm_power/tools/passkey/packing.py",
+    "vllm_power/tools/passkey/plot.py",
+    "vllm_power/tools/passkey/run.py",
+    "vllm_power/tools/passkey/train.py",
+    "vllm_power/tools/web/drawing.py",
+    "vllm_power/tools/web/estimate.py",
+    "vllm_power/tools/web/live.py",
+    "vllm_power/tools/web/question.py",
+    "vllm_power/tools/web/shapes.py",
+)
+
+
+def files() -> list[str]:
+    """The text and Python files of the repository."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    found = [
+        name for name in listed.splitlines() if name.endswith((*TEXT, ".py")) and (ROOT / name).is_file()
+    ]
+    return [name for name in found if name != "tests/test_language.py"]
+
+
+def prose(name: str) -> Iterator[tuple[int, str]]:
+    """(line number, text) of a file; only comments and strings of Python code."""
+    if not name.endswith(".py"):
+        yield from enumerate((ROOT / name).read_text().splitlines(), 1)
+        return
+    with tokenize.open(ROOT / name) as file:
+        for token in tokenize.generate_tokens(file.readline):
+            if token.type == tokenize.COMMENT or "STRING" in tokenize.tok_name[token.type]:
+                yield from enumerate(token.string.splitlines(), token.start[0])
+
+
+def slips(name: str) -> list[str]:
+    """Every slip in a file, with its line number and what to write instead."""
+    return [
+        f"{name}:{number}: {match[0]!r}: write {better}"
+        for number, text in prose(name)
+        for slip, better in SLIPS.items()
+        for match in re.finditer(slip, text, flags=re.I)
+    ]
+
+
+@pytest.mark.parametrize("name", [name for name in files() if name not in NOT_YET])
+def test_language(name):
+    assert not (found := slips(name)), "\n".join(found)

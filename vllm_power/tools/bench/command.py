@@ -1,0 +1,92 @@
+"""``vllm-power bench``: the options of every benchmark."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+bench = typer.Typer(no_args_is_help=True)
+
+RESULTS = Path("docs/results")
+
+
+@bench.callback()
+def bench_callback() -> None:
+    """Measure PowerAttention against dense attention."""
+
+
+def need_gpu(command: str) -> None:
+    """Exit if there is no NVIDIA GPU, before importing packages that are installed only with one."""
+    from vllm_power.tools.bench.engine import lacks_gpu
+
+    if lacks_gpu(command, "on a CPU, run vllm-power bench cpu"):
+        raise typer.Exit(1)
+
+
+@bench.command("cpu")
+def cpu_command(
+    seconds: Annotated[float, typer.Option(min=0.1, help="Measuring time per case.")] = 4.0,
+    folder: Annotated[Path | None, typer.Option(help="Append the rows to cpu.jsonl in this folder.")] = None,
+) -> None:
+    """Compare the CPU executor with vLLM's dense CPU attention; fail if a case misses its goal."""
+    from vllm_power.tools.bench.cpu import main
+
+    raise typer.Exit(main(seconds, folder))
+
+
+@bench.command("serve")
+def serve_command(
+    repeats: Annotated[int, typer.Option(min=1, help="Prompts per length.")] = 5,
+    folder: Annotated[Path, typer.Option(help="Append the rows to serve.jsonl in this folder.")] = RESULTS,
+) -> None:
+    """Compare the whole engine on a GPU with vLLM's FlashAttention backend."""
+    need_gpu("bench serve")
+    from vllm_power.tools.bench.serve import main
+
+    raise typer.Exit(main(repeats=repeats, folder=folder))
+
+
+@bench.command("kernels")
+def kernels_command(
+    million: Annotated[bool, typer.Option(help="Also prefill one prompt of 1,048,576 tokens.")] = True,
+    folder: Annotated[Path, typer.Option(help="Append the rows to kernels.jsonl in this folder.")] = RESULTS,
+) -> None:
+    """Compare the GPU kernels with FlashAttention 3, FlexAttention, Triton and xformers."""
+    need_gpu("bench kernels")
+    from vllm_power.tools.bench.kernels import main
+
+    raise typer.Exit(main(million=million, folder=folder))
+
+
+@bench.command("memory")
+def memory_command(
+    part: Annotated[
+        str, typer.Option(help="The parts to run, separated by commas.")
+    ] = "live,concurrency,scheduler,throughput",
+    requests: Annotated[int, typer.Option(min=1, help="Requests in the throughput part.")] = 64,
+    context: Annotated[int, typer.Option(min=1024, help="Tokens per prompt.")] = 131_072,
+    output: Annotated[int, typer.Option(min=1, help="Tokens per answer.")] = 1_024,
+    cache_sequences: Annotated[
+        int,
+        typer.Option(min=0, help="Cache size in whole sequences; 0: throughput uses all free GPU memory."),
+    ] = 4,
+    seconds: Annotated[
+        float, typer.Option(min=1, help="Time limit per backend in the throughput part.")
+    ] = 3_600,
+    folder: Annotated[Path, typer.Option(help="Append the rows to memory.jsonl in this folder.")] = RESULTS,
+) -> None:
+    """Measure the gain and the cost of KV reclamation."""
+    from vllm_power.tools.bench.memory import PARTS, main
+
+    parts = tuple(part.split(","))
+    if unknown := set(parts) - set(PARTS):
+        raise typer.BadParameter(f"no part {', '.join(sorted(unknown))}; the parts are {', '.join(PARTS)}")
+    raise typer.Exit(main(parts, requests, context, output, cache_sequences, seconds, folder))
+
+
+@bench.command("report")
+def report_command() -> None:
+    """Regenerate the tables of README.md and docs/benchmarks.md and the plots in docs/results."""
+    from vllm_power.tools.bench.report import main
+
+    raise typer.Exit(main())
