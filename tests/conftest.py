@@ -13,6 +13,7 @@ HERE = Path(__file__).parent
 ON_A_GPU = (
     "kernels/",
     "test_gpu_backend.py",
+    "e2e/test_dense_rows.py",
     "e2e/test_equality.py",
     "e2e/test_invariance.py",
     "e2e/test_reclaim.py",

@@ -3,15 +3,20 @@
 vLLM picks a backend without knowing the layer. So every layer is built with ours, and those that stay dense change
 over when their weights are loaded: the first moment at which an implementation can find its layer, and before vLLM asks
 the layers for their KV cache specs, layouts and metadata builders. Dense layers are a KV cache group of their own and
-give no block back.
+give no block back. So do layers that attend inside chunks (Llama-4): vLLM wraps the backend that it picked for them.
 """
 
 from typing import Any
 
 import torch
 from vllm.config import get_current_vllm_config, set_current_vllm_config
+from vllm.model_executor.layers.attention.chunked_local_attention import (
+    ChunkedLocalAttention,
+    create_chunked_local_attention_backend,
+)
 from vllm.platforms import current_platform
 from vllm.utils.import_utils import resolve_obj_by_qualname
+from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.selector import AttentionSelectorConfig
 
@@ -37,13 +42,22 @@ class LayerImpl:
         compat.tell_prompt_lengths()
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Raises ValueError for a layer whose class wraps our backend in one of its own."""
         super().process_weights_after_loading(act_dtype)  # type: ignore[misc]
-        layers = self.vllm_config.compilation_config.static_forward_context.values()
-        for layer in layers:
-            if getattr(layer, "impl", None) is self and stays_dense(layer.layer_name, self.vllm_config):
+        for layer in self.vllm_config.compilation_config.static_forward_context.values():
+            if getattr(layer, "impl", None) is not self:
+                continue
+            if isinstance(layer, ChunkedLocalAttention):
+                backend = self._make_dense(layer, act_dtype)
+                layer.attn_backend = create_chunked_local_attention_backend(
+                    backend, layer.attention_chunk_size
+                )
+            elif stays_dense(layer.layer_name, self.vllm_config):
                 self._make_dense(layer, act_dtype)
+            else:
+                refusals.check_wrapper(layer)
 
-    def _make_dense(self, layer: Any, act_dtype: torch.dtype) -> None:
+    def _make_dense(self, layer: Any, act_dtype: torch.dtype) -> type[AttentionBackend]:
         selector = AttentionSelectorConfig(
             head_size=self.head_size,
             dtype=act_dtype,
@@ -59,3 +73,4 @@ class LayerImpl:
         refusals.check_dense_layer(implementation, self.kv_cache_dtype)
         layer.attn_backend, layer.impl = backend, implementation
         layer.backend = AttentionBackendEnum[backend.get_name()]
+        return backend

@@ -1,6 +1,6 @@
 """What each attention layer of a vLLM model runs: the one classification that every module asks.
 
-A layer runs the pattern ("sparse"), vLLM's own attention over all tokens ("dense") or over a window
+A layer runs the pattern ("sparse"), vLLM's own attention over all tokens ("dense") or over a window or chunk
 ("sliding_window"). Layers of a draft model or a drafting head are told apart by ``drafts``.
 """
 
@@ -56,7 +56,10 @@ def attention_layers(vllm_config: "VllmConfig") -> Iterator[tuple[str, Any, str]
     """The name, the layer and the kind of each attention layer that was built, drafting ones included."""
     for name, layer in vllm_config.compilation_config.static_forward_context.items():
         if hasattr(layer, "attn_backend"):
-            windowed = getattr(layer, "sliding_window", None) is not None
+            # A chunk (Llama-4) is a window too.
+            windowed = any(
+                getattr(layer, name, None) is not None for name in ("sliding_window", "attention_chunk_size")
+            )
             kind = SPARSE if layer.attn_backend.get_name() == NAME else SLIDING_WINDOW if windowed else DENSE
             yield name, layer, kind
 

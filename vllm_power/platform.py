@@ -20,7 +20,6 @@ from vllm_power.layers import (
     is_selected,
 )
 from vllm_power.options import NAME
-from vllm_power.prefix_hashes import RowRuleScheduler
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -67,6 +66,7 @@ class PowerPlatform:
         super().update_block_size_for_backend(vllm_config)  # type: ignore[misc]
         if is_selected(vllm_config):
             refusals.check_page_size(vllm_config)
+            _keep_what_others_read(vllm_config)
             _report(vllm_config)
 
     @classmethod
@@ -75,8 +75,9 @@ class PowerPlatform:
         super().register_custom_kv_cache_specs(vllm_config)  # type: ignore[misc]
         if vllm_config is not None and is_selected(vllm_config):
             from vllm_power.metrics.scheduler import CountedScheduler
+            from vllm_power.scheduler import PowerScheduler
 
-            compat.extend_scheduler(vllm_config, CountedScheduler, RowRuleScheduler)
+            compat.extend_scheduler(vllm_config, CountedScheduler, PowerScheduler)
 
 
 class PowerCpuPlatform(PowerPlatform):
@@ -96,6 +97,17 @@ def _share_metrics() -> None:
         collector.join_metrics()
     except Exception as error:
         logger.warning("PowerAttention: there will be no metrics of it: %r", error)
+
+
+def _keep_what_others_read(vllm_config: "VllmConfig") -> None:
+    """Switch reclamation off if a layer that does not run the pattern reads the KV cache of one that does."""
+    kinds = {name: (layer, kind) for name, layer, kind in attention_layers(vllm_config)}
+    for name, (layer, kind) in kinds.items():
+        target = getattr(layer, "kv_sharing_target_layer_name", None)
+        if target in kinds and kind != SPARSE and kinds[target][1] == SPARSE:
+            kv_cache.keep_everything(
+                vllm_config, f"{name} does not run the pattern and reads the KV cache of {target}"
+            )
 
 
 def _report(vllm_config: "VllmConfig") -> None:

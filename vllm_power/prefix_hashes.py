@@ -13,23 +13,6 @@ from typing import Any
 from vllm_power import options
 
 
-class RowRuleScheduler:
-    """Stands before the class of vLLM's scheduler in use (``compat.extend_scheduler``)."""
-
-    requests: dict[str, Any]
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        asked = options.of_config(self.vllm_config)  # type: ignore[attr-defined]
-        self.power_options = asked if asked.rows.has_dense_rows and not asked.share_dense_rows else None
-
-    def add_request(self, request: Any) -> None:
-        if self.power_options is not None and request.request_id not in self.requests:
-            pool = self.kv_cache_manager.block_pool  # type: ignore[attr-defined]
-            mark_dense_rows(request, self.power_options, pool.hash_block_size)
-        super().add_request(request)  # type: ignore[misc]
-
-
 def mark_dense_rows(request: Any, asked: options.PowerOptions, hash_block_size: int) -> None:
     """Have the hashes of a new request (vllm/v1/request.py) tell its dense rows from the pattern's.
 

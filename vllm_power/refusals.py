@@ -21,6 +21,8 @@ def check_config(vllm_config: "VllmConfig") -> None:
         if model.is_encoder_decoder:
             _refuse("an encoder-decoder model has cross attention, which is not causal")
         asked.dense_layer_indices(model.get_total_num_hidden_layers())
+        if getattr(model, "rswa_window", None) is not None:
+            _refuse("reference sliding window attention (R-SWA) has a rule of its own for generated tokens")
         if model.attn_type == "encoder_only":
             _refuse("an encoder-only model attends in both directions; the pattern is causal")
     if parallel.decode_context_parallel_size > 1 or getattr(parallel, "prefill_context_parallel_size", 1) > 1:
@@ -67,6 +69,15 @@ def check_layer(selector: Any) -> None:
         _refuse(f"{selector.attn_type} attention is not causal self-attention over the paged cache")
     if selector.use_mm_prefix or selector.use_non_causal:
         _refuse("this model lets some tokens see later ones (bidirectional attention)")
+
+
+def check_wrapper(layer: Any) -> None:
+    """Refuse a built layer whose class put a backend of its own around ours. Raises ValueError."""
+    backend = layer.attn_backend
+    if backend.__module__.partition(".")[0] != "vllm_power" or "<locals>" in backend.__qualname__:
+        _refuse(
+            f"{layer.layer_name} is a {type(layer).__name__}, which changes what a token sees beyond the pattern"
+        )
 
 
 def check_alibi(alibi_slopes: Any) -> None:

@@ -66,10 +66,19 @@ def test_a_batch_equals_transformers(name: str, chunk: int, model: Path, worker:
     check(model, worker.call(generation.greedy, prompts, STEPS), prompts, RULES[name])
 
 
-def test_in_bfloat16(model: Path, worker: Worker) -> None:
+@pytest.mark.parametrize(
+    "eager",
+    [
+        True,
+        pytest.param(False, marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA graphs")),
+    ],
+    ids=["eager", "cuda-graphs"],
+)
+@pytest.mark.parametrize("name", ["training-free", "tail-only"])
+def test_in_bfloat16(name: str, eager: bool, model: Path, worker: Worker) -> None:
     prompts = [random_tokens(length) for length in LENGTHS]
-    rule = RULES["training-free"]
-    worker.start(model, block_size=64, dtype="bfloat16", additional_config=options(rule))
+    rule = RULES[name]
+    worker.start(model, block_size=64, dtype="bfloat16", enforce_eager=eager, additional_config=options(rule))
     check(model, worker.call(generation.greedy, prompts, STEPS), prompts, rule, "bfloat16")
 
 

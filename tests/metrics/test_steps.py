@@ -13,7 +13,7 @@ from vllm.platforms import current_platform
 from vllm_power import compat
 from vllm_power.metrics import definitions, scheduler, shared_dir
 from vllm_power.pattern import Pattern, preset
-from vllm_power.prefix_hashes import RowRuleScheduler
+from vllm_power.scheduler import PowerScheduler
 from vllm_power.tools.bench.engine import IMPLS
 from vllm_power.tools.bench.scheduler_alone import SchedulerAlone, configuration
 
@@ -225,4 +225,4 @@ def test_only_an_engine_with_the_backend_counts(counts: bool, folder: Path) -> N
         current_platform.register_custom_kv_cache_specs(config)
         found = config.scheduler_config.get_scheduler_cls()
         assert issubclass(found, scheduler.CountedScheduler) == counts
-        assert issubclass(found, RowRuleScheduler) == counts
+        assert issubclass(found, PowerScheduler) == counts

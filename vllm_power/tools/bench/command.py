@@ -46,6 +46,20 @@ def serve_command(
     raise typer.Exit(main(repeats=repeats, folder=folder))
 
 
+@bench.command("turns")
+def turns_command(
+    impls: Annotated[str, typer.Option(help="What to compare with dense attention, separated by commas.")] = (
+        "training_free_all_sparse,training_free,power"
+    ),
+    folder: Annotated[Path, typer.Option(help="Append the rows to turns.jsonl in this folder.")] = RESULTS,
+) -> None:
+    """Compare each mode with vLLM's FlashAttention backend, both on one GPU in turns."""
+    need_gpu("bench turns")
+    from vllm_power.tools.bench.turns import main
+
+    raise typer.Exit(main(tuple(impls.split(",")), folder))
+
+
 @bench.command("kernels")
 def kernels_command(
     million: Annotated[bool, typer.Option(help="Also prefill one prompt of 1,048,576 tokens.")] = True,

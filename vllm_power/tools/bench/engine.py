@@ -45,6 +45,15 @@ IMPLS: dict[str, dict[str, Any]] = {
         "attention_backend": "power",
         "additional_config": {"power": {"mode": "trained", "reclaim": False}},
     },
+    # Dense rows, and no dense layer: what the row rule costs by itself.
+    "training_free_all_sparse": {
+        "attention_backend": "power",
+        "additional_config": {"power": {"mode": "training_free", "dense_layers": []}},
+    },
+    "training_free": {
+        "attention_backend": "power",
+        "additional_config": {"power": {"mode": "training_free"}},
+    },
     "dense": {"attention_backend": "FLASH_ATTN"},
 }
 CHUNK = 8_192

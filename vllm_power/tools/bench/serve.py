@@ -32,15 +32,14 @@ def run_backend(
     with engine(impl, QWEN2_7B, **settings) as llm:
         vllm = llm.llm_engine
         # The first request is slower by the compilation that warm-up did not cover.
-        first = 1e3 * _steps(vllm, 1, 512, 1)[0][0]
+        first = first_token_time(vllm, 512)
         yield {"bench": "first_request", "impl": impl, "context": 512, "batch": 1, "n": 1, **_ms([first])}
         for prompt in prompts:
             times: list[float] = []
             while len(times) < (repeats if prompt <= 32_768 else 3) or (
                 sum(times) < SHORT_MS and len(times) < MOST_REPEATS
             ):
-                # Only the last chunk of a prompt has an output.
-                times.append(1e3 * _steps(vllm, 1, prompt, 1)[0][0])
+                times.append(first_token_time(vllm, prompt))
             yield {
                 "bench": "ttft",
                 "impl": impl,
@@ -50,9 +49,7 @@ def run_backend(
                 **_ms(times),
             }
         for batch, context in decodes:
-            # The first request must still decode when the last prompt is computed.
-            steps = _steps(vllm, batch, context, NEW_TOKENS + batch * -(-context // CHUNK))
-            times = [1e3 * seconds for seconds, outputs in steps if outputs == batch][2:]
+            times = decode_times(vllm, batch, context, NEW_TOKENS)
             yield {
                 "bench": "decode_step",
                 "impl": impl,
@@ -61,6 +58,18 @@ def run_backend(
                 "n": len(times),
                 **_ms(times),
             }
+
+
+def first_token_time(vllm: Any, prompt: int) -> float:
+    """Milliseconds to the first token of a random prompt of ``prompt`` tokens."""
+    return 1e3 * _steps(vllm, 1, prompt, 1)[0][0]  # only the last chunk of a prompt has an output
+
+
+def decode_times(vllm: Any, batch: int, context: int, new_tokens: int) -> list[float]:
+    """Milliseconds of the decode steps of ``batch`` random prompts of ``context`` tokens."""
+    # The first request must still decode when the last prompt is computed.
+    steps = _steps(vllm, batch, context, new_tokens + batch * -(-context // CHUNK))
+    return [1e3 * seconds for seconds, outputs in steps if outputs == batch][2:]
 
 
 def _ms(times: list[float]) -> dict[str, float]:

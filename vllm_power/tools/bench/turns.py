@@ -1,0 +1,139 @@
+"""``vllm-power bench turns``: two engines on one GPU take turns, so that heat, clocks and the host affect both equally.
+
+``bench serve`` measures one backend after the other; differences of a few percent need this. Each pair is a backend
+under test and vLLM's FlashAttention, each in its own process with half of the GPU's memory.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from vllm_power.tools.bench.engine import CHUNK, QWEN2_7B, engine, say
+from vllm_power.tools.bench.serve import decode_times, first_token_time
+from vllm_power.tools.common import results
+from vllm_power.tools.common.vllm_server import stop
+
+COMPARED = ("training_free_all_sparse", "training_free", "power")
+PROMPTS = (512, 768, 1_024, 1_536, 2_048, 4_096, 8_192, 32_768, 131_072)
+DECODES = ((1, 512), (1, 8_192), (1, 131_072), (8, 32_768), (32, 1_024), (32, 8_192))
+NEW_TOKENS = 32
+# Prompts per turn and turns: short prompts vary more.
+TURNS, PER_TURN = 4, 5
+LONG = 32_768  # from here on, one prompt per turn
+
+
+class Side:
+    """One engine in its own process: ``ask`` starts a measurement, ``times`` waits for its milliseconds."""
+
+    def __init__(self, impl: str, max_model_len: int, memory: float) -> None:
+        command = [sys.executable, "-P", "-m", __name__, json.dumps([impl, max_model_len, memory])]
+        environment = {"VLLM_LOGGING_LEVEL": "WARNING"} | os.environ
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+            start_new_session=True,
+        )
+
+    def ask(self, kind: str, batch: int, context: int, count: int) -> None:
+        assert self.process.stdin is not None
+        print(json.dumps([kind, batch, context, count]), file=self.process.stdin, flush=True)
+
+    def times(self) -> list[float]:
+        """Raises CalledProcessError if the process ends."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith('{"times"'):
+                return json.loads(line)["times"]
+        raise subprocess.CalledProcessError(self.process.wait(), self.process.args)
+
+    def close(self) -> None:
+        stop(self.process, grace=20)
+
+
+def main(impls: tuple[str, ...] = COMPARED, folder: Path = results.FOLDER) -> int:
+    """Measure each of ``impls`` in turns with dense attention, append rows to ``folder``/turns.jsonl, print ratios.
+
+    Returns 0, or the status of a failed process.
+    """
+    here = results.machine()
+    works = [("ttft", 1, context) for context in PROMPTS]
+    works += [("decode_step", batch, context) for batch, context in DECODES]
+    for impl in impls:
+        with ExitStack() as stack:
+            try:
+                sides = {name: Side(name, max(PROMPTS) + 256, 0.44) for name in (impl, "dense")}
+                for side in sides.values():
+                    stack.callback(side.close)
+                for side in sides.values():
+                    side.ask("ttft", 1, 512, 2)  # the first request compiles what warm-up did not cover
+                    side.times()
+                for kind, batch, context in works:
+                    _measure(sides, impl, kind, batch, context, folder, here)
+            except subprocess.CalledProcessError as failure:
+                return failure.returncode
+    return 0
+
+
+def _measure(
+    sides: dict[str, Side], impl: str, kind: str, batch: int, context: int, folder: Path, here: dict[str, Any]
+) -> None:
+    count = 1 if context * batch >= LONG else PER_TURN
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(TURNS):
+        for name in list(sides)[:: 1 if turn % 2 else -1]:
+            sides[name].ask(kind, batch, context, count)
+            times[name] += sides[name].times()
+    medians = {name: statistics.median(found) for name, found in times.items()}
+    ratio = medians["dense"] / medians[impl]
+    shown = ", ".join(f"{name} {median:.2f} ms" for name, median in medians.items())
+    say(f"{kind} {batch} x {context:,}: {shown}; {ratio:.3f}x")
+    shared = {
+        "bench": kind,
+        "batch": batch,
+        "context": context,
+        "page": None,
+        "dtype": "bfloat16",
+        "against": impl,
+    }
+    rows = [
+        {
+            **shared,
+            "impl": name,
+            "n": len(found),
+            "median_ms": medians[name],
+            "min_ms": min(found),
+            "max_ms": max(found),
+        }
+        for name, found in times.items()
+    ]
+    results.append("turns", rows, folder, here)
+
+
+def _serve(impl: str, max_model_len: int, memory: float) -> None:
+    """The child's side: measure what the lines of stdin ask for."""
+    settings = {
+        "max_model_len": max_model_len,
+        "max_num_batched_tokens": CHUNK,
+        "max_num_seqs": 64,
+        "gpu_memory_utilization": memory,
+    }
+    with engine(impl, QWEN2_7B, **settings) as llm:
+        for line in sys.stdin:
+            kind, batch, context, count = json.loads(line)
+            if kind == "ttft":
+                times = [first_token_time(llm.llm_engine, context) for _ in range(count)]
+            else:
+                times = decode_times(llm.llm_engine, batch, context, NEW_TOKENS)
+            print(json.dumps({"times": times}), flush=True)
+
+
+if __name__ == "__main__":
+    _serve(*json.loads(sys.argv[1]))
