@@ -12,7 +12,15 @@ from typing import Any
 
 from support.english_tokenizer import make_tokenizer
 
-FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma3_text")  # transformers' own model types
+FAMILIES = (
+    "llama",
+    "qwen2",
+    "qwen3",
+    "mistral",
+    "gemma3_text",
+    "gemma4_text",
+    "llama4_text",
+)  # transformers' own model types
 
 # Spread of what a weight matrix puts out, for inputs of spread 1. Tried on 3,000 tokens and 4 layers: leaving
 # out the keys that the power pattern leaves out moves logprobs by 0.4 on average, bfloat16 rounding by 0.07.
@@ -98,6 +106,24 @@ def family_config(family: str, *, head_dim: int, extra: dict[str, Any], **sizes:
             "layer_types": [kinds[layer % 2] for layer in range(sizes["num_hidden_layers"])],
             "query_pre_attn_scalar": head_dim,
             "sliding_window": 512,
+        }
+    if family == "gemma4_text":  # the last two layers read the KV cache of the two before them
+        kinds = ("sliding_attention", "full_attention")
+        settings |= {
+            "layer_types": [kinds[layer % 2] for layer in range(sizes["num_hidden_layers"])],
+            "sliding_window": 512,
+            "global_head_dim": head_dim,
+            "num_kv_shared_layers": 2,
+            "hidden_size_per_layer_input": 0,
+            "vocab_size_per_layer_input": sizes["vocab_size"],
+        }
+    if family == "llama4_text":  # every fourth layer sees everything, the others a chunk
+        settings |= {
+            "intermediate_size_mlp": 2 * sizes["hidden_size"],
+            "attention_chunk_size": 1024,
+            "moe_layers": [],
+            "interleave_moe_layer_step": 100,
+            "no_rope_layers": [int(layer % 4 != 3) for layer in range(sizes["num_hidden_layers"])],
         }
     return AutoConfig.for_model(family, **(settings | extra))
 

@@ -41,7 +41,8 @@ class Transformers:
         ).eval()
         self.dtype = dtype
         kinds = getattr(self.model.config, "layer_types", None) or ()
-        self.windows = tuple(layer for layer, kind in enumerate(kinds) if kind == "sliding_attention")
+        own = ("sliding_attention", "chunked_attention")
+        self.windows = tuple(layer for layer, kind in enumerate(kinds) if kind in own)
         if dtype == torch.float64:
             for module in self.model.modules():
                 if type(module).__name__.endswith("RMSNorm"):
@@ -99,6 +100,9 @@ class Transformers:
         if not self.windows:
             return mask
         distance = positions[:, None] - positions[None, :]
+        if chunk := getattr(self.model.config, "attention_chunk_size", None):
+            chunks = (distance >= 0) & (positions[:, None] // chunk == positions[None, :] // chunk)
+            return {"full_attention": mask, "chunked_attention": self._additive(chunks)}
         window = (distance >= 0) & (distance < self.model.config.sliding_window)
         return {"full_attention": mask, "sliding_attention": self._additive(window)}
 
