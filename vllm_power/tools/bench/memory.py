@@ -10,9 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from vllm_power.pattern import POWER
-from vllm_power.tools.bench.engine import QWEN2_7B, lacks_gpu, run_apart, say
+from vllm_power.tools.bench.engine import QWEN2_7B, failed, lacks_gpu, run_apart, say
 from vllm_power.tools.common import results
-from vllm_power.tools.common.ended import ended
 from vllm_power.tools.common.results import Row
 
 PARTS = ("live", "concurrency", "scheduler", "throughput")
@@ -82,7 +81,7 @@ def main(
                     results.append("memory", [row], folder, here)
                     rows.append(row)
             except subprocess.CalledProcessError as failure:
-                say(f"{part} {job[1]}: {ended(failure.returncode)}")
+                say(f"{part} {job[1]}: {failed(failure)}")
                 failures += 1
     if rows:
         _print_table(rows)

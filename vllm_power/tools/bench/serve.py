@@ -11,9 +11,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vllm_power.tools.bench.engine import CHUNK, QWEN2_7B, add_requests, answer, engine, run_apart, say
+from vllm_power.tools.bench.engine import (
+    CHUNK,
+    QWEN2_7B,
+    add_requests,
+    answer,
+    engine,
+    failed,
+    run_apart,
+    say,
+)
 from vllm_power.tools.common import results
-from vllm_power.tools.common.ended import ended
 
 COMPARED = ("power", "dense")
 # Above 512 tokens vLLM replays no CUDA graph: 640 and 768 show the CPU launch overhead.
@@ -93,7 +101,7 @@ def main(repeats: int = 5, folder: Path = results.FOLDER) -> int:
                 rows.append({**row, "page": None, "dtype": "bfloat16"})
                 results.append("serve", rows[-1:], folder, here)
         except subprocess.CalledProcessError as failure:
-            say(f"{impl}: {ended(failure.returncode)}")
+            say(f"{impl}: {failed(failure)}")
             return failure.returncode if failure.returncode > 0 else 128 - failure.returncode
     _print_table(rows)
     return 0

@@ -11,7 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from vllm_power.tools.common.vllm_server import ServerFailed, VllmMissing, last_lines
+from vllm_power.tools.common import failure as failures
+from vllm_power.tools.common.vllm_server import ServerFailed, VllmMissing
 from vllm_power.tools.evals import gate, logprobs, report, ruler, runner, token_passkey
 from vllm_power.tools.evals.endpoint import Endpoint, Model
 from vllm_power.tools.evals.figures import Figures, figures
@@ -54,11 +55,7 @@ def run(job: Job) -> int:
         console.print(f"Failed: {error}.", style="red", markup=False, soft_wrap=True)
         return 2
     except ServerFailed as failure:
-        console.print(
-            f"Failed: {failure}. The end of {failure.log}:", style="red", markup=False, soft_wrap=True
-        )
-        for line in last_lines(failure.log, 25):
-            console.print("  " + line, markup=False, style="dim", soft_wrap=True)
+        failures.show(console, failure)
         return 2
     except KeyboardInterrupt:
         console.print("Interrupted. The same command goes on from here.")
