@@ -121,13 +121,16 @@ def test_on_a_gpu_vllm_chooses(machine, monkeypatch, tmp_path):
 
 
 def test_the_containers_limit_counts(tmp_path):
-    meminfo, group = tmp_path / "meminfo", tmp_path / "cgroup"
-    meminfo.write_text("MemTotal: 9 kB\nMemAvailable:    4194304 kB\n")
-    group.mkdir()
-    assert free_bytes(meminfo, group) == 4 << 30
+    assert free_bytes(tmp_path) is None
+    group, node = tmp_path / "sys/fs/cgroup", tmp_path / "sys/devices/system/node/node1"
+    for folder in (tmp_path / "proc", group, node):
+        folder.mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 9 kB\nMemAvailable:    4194304 kB\n")
+    (node / "meminfo").write_text(
+        "Node 1 MemTotal: 9 kB\nNode 1 MemFree: 2097152 kB\nNode 1 Inactive(file): 1048576 kB\n"
+    )
     (group / "memory.max").write_text("max\n")
-    assert free_bytes(meminfo, group) == 4 << 30
+    assert free_bytes(tmp_path) == 3 << 30
     (group / "memory.max").write_text(f"{2 << 30}\n")
     (group / "memory.current").write_text(f"{1 << 30}\n")
-    assert free_bytes(meminfo, group) == 1 << 30
-    assert free_bytes(tmp_path / "none", group) is None
+    assert free_bytes(tmp_path) == 1 << 30

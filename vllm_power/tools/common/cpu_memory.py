@@ -12,6 +12,8 @@ from pathlib import Path
 MIB = 1 << 20
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
 CHOSEN = re.compile(r"--(kv[-_]cache[-_]memory[-_]bytes|gpu[-_]memory[-_]utilization|config)(=|$)")
+# What vLLM counts as available on a node.
+FREE = ("MemFree", "Active(file)", "Inactive(file)", "SReclaimable")
 LIMITS = (
     ("memory.max", "memory.current"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
@@ -44,21 +46,30 @@ def serves_on_cpu() -> bool:
         return False
 
 
-def free_bytes(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Return the memory that a new process can have, within the container's limit; None if it is not known."""
+def free_bytes(system: Path = Path("/")) -> int | None:
+    """Return the memory that a new process can have, within the container's limit; None if it is not known.
+
+    Of several NUMA nodes, the smallest counts: vLLM takes the cache from the node that it runs on.
+    """
     try:
-        available = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text(), re.MULTILINE)
-    except OSError:
+        available = _fields((system / "proc/meminfo").read_text())["MemAvailable"]
+        nodes = [_fields(file.read_text()) for file in system.glob("sys/devices/system/node/node*/meminfo")]
+    except (OSError, KeyError):
         return None
-    if available is None:
-        return None
-    free = int(available[1]) * 1024
+    free = min([available, *(sum(node.get(name, 0) for name in FREE) for node in nodes)])
+    cgroup = system / "sys/fs/cgroup"
     for limit, usage in LIMITS:
         try:
             free = min(free, int((cgroup / limit).read_text()) - int((cgroup / usage).read_text()))
         except (OSError, ValueError):  # no such group, or its limit is "max"
             continue
     return max(0, free)
+
+
+def _fields(meminfo: str) -> dict[str, int]:
+    """{name: bytes} of /proc/meminfo, or of a node's file, whose lines begin with the node."""
+    lines = re.findall(r"^(?:Node \d+ )?([\w()]+):\s+(\d+) kB", meminfo, re.MULTILINE)
+    return {name: int(size) * 1024 for name, size in lines}
 
 
 def weight_bytes(folder: Path) -> int | None:

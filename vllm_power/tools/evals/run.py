@@ -63,7 +63,10 @@ def run(job: Job) -> int:
 
 
 def evaluate(job: Job) -> int:
-    """Evaluate and return the exit status: 0, or 1 where the gate has fallen. Raises EvalError and ServerFailed."""
+    """Evaluate and return the exit status: 0, 1 if the gate has fallen, 2 if a task got no answer at all.
+
+    Raises EvalError and ServerFailed.
+    """
     recorded = gate.read(job.gate) if job.gate else None
     store = Store(job.folder)
     model, items = measure(job, store, job.target, all_items)
@@ -89,7 +92,9 @@ def evaluate(job: Job) -> int:
         console.print(f"Fallen: {line}", style="red", markup=False, soft_wrap=True)
     if lines == []:
         console.print("The gate holds.", style="green")
-    return 1 if lines else 0
+    if lines:
+        return 1
+    return 2 if any(missing.count == missing.of for missing in found.unanswered) else 0
 
 
 def measure(job: Job, store: Store, target: Target, make: Make) -> tuple[Model, list[Item]]:
@@ -108,7 +113,12 @@ async def ask(job: Job, store: Store, target: Target, url: str, make: Make) -> t
     # A server that we started has one model.
     wanted = job.model if target.url else None
     endpoint = await Endpoint.connect(
-        url, model=wanted, chat=job.settings.chat, timeout=job.timeout, api_key=job.api_key
+        url,
+        model=wanted,
+        chat=job.settings.chat,
+        timeout=job.timeout,
+        api_key=job.api_key,
+        thinking=job.settings.thinking,
     )
     try:
         store.keep_model(target.description, endpoint.model)
@@ -123,6 +133,8 @@ def named(job: Job, target: Target, model: Model, make: Make) -> list[Item]:
     """The items of a target, with what tells them from those of another target."""
     settings = fitting(job.settings, model)
     identity = {"model": model.name, "endpoint": target.description, "chat": settings.chat}
+    if settings.chat:
+        identity["thinking"] = settings.thinking
     items = make(settings, model, job.folder / LOGPROBS_FOLDER)
     return [replace(item, identity=item.identity | identity) for item in items]
 
@@ -192,6 +204,14 @@ def show(found: Figures) -> None:
             at = {point.length: f"{100 * point.accuracy:.1f}" for point in points}
             table.add_row(task, *(at.get(length, "") for length in lengths))
         console.print(table)
+    for missing in found.unanswered:
+        console.print(
+            f"No answer: {missing.count} of {missing.of} to {missing.task} at {missing.length:,} tokens "
+            f"({missing.why}); they count as neither right nor wrong. A reasoning model needs room for its thoughts: "
+            "raise --thinking, and the server's --max-model-len beyond the length",
+            style="yellow",
+            soft_wrap=True,
+        )
     for row in found.perplexities:
         console.print(f"Perplexity at {row.length:,} tokens: {row.perplexity:.3f} ({row.windows} windows)")
     for same in found.agreements:
