@@ -51,7 +51,8 @@ class StartError(Exception):
 
 def command(arguments: Sequence[str], environment: Mapping[str, str]) -> list[str]:
     """Return the vLLM command. Raises StartError if no model is named or another backend is asked for."""
-    arguments = without_command(arguments)
+    # Of manifests whose value is empty: the model's own length.
+    arguments = [argument for argument in without_command(arguments) if argument != "--max-model-len="]
     if not names_model(arguments):
         raise StartError(
             "no model is named: give `vllm serve`'s arguments, the model first, for example  "
@@ -226,7 +227,12 @@ def main(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
         server = command(arguments, environment)
         check_plugin(environment)
         from vllm_power.tools.common.cpu_memory import kv_cache_arguments
+        from vllm_power.tools.image.start_check import keys
 
+        if not keys(arguments, environment) and "--headless" not in arguments:
+            complain(
+                "WARNING: THERE IS NO API KEY. Everyone who reaches this server can use the model. Set VLLM_API_KEY."
+            )
         model = without_command(arguments)[0]
         server += kv_cache_arguments(model, server, environment)
         return run(server, environment, watch=watches(arguments, environment))

@@ -20,7 +20,7 @@ from vllm_power.tools.image.address import base_url
 
 SERVE = ROOT / "docker" / "serve.py"
 HEALTH = ROOT / "docker" / "health.py"
-BASE = {"PYTHONPATH": str(ROOT), "VLLM_CPU_KVCACHE_SPACE": "1"}
+BASE = {"PYTHONPATH": str(ROOT), "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_API_KEY": "a"}
 # The module of the standard library in place of the one that was found before it.
 REAL = """
 import importlib.util, os, sys
@@ -89,6 +89,26 @@ def test_a_given_timeout_stays(script, given):
 def test_ways_to_name_the_model(script, arguments):
     _, out, _ = finish(script('echo "$@"', *arguments))
     assert out.startswith("serve m" if arguments[-1] == "m" else f"serve {arguments[0]}")
+
+
+def test_an_empty_length_is_the_models_own(script):
+    _, out, _ = finish(script('echo "$@"', "some/model", "--max-model-len="))
+    assert out == "serve some/model --shutdown-timeout=30 --attention-backend=power\n"
+
+
+@pytest.mark.parametrize(
+    "arguments, environment, warned",
+    [
+        ([], {"VLLM_API_KEY": ""}, True),
+        ([], {"VLLM_API_KEY": "a"}, False),
+        (["--api-key", "a"], {}, False),
+        (["--headless"], {}, False),
+    ],
+    ids=str,
+)
+def test_a_missing_api_key_is_told_loudly(script, arguments, environment, warned):
+    _, _, err = finish(script("exit 1", "m", *arguments, **environment))
+    assert ("THERE IS NO API KEY" in err) == warned
 
 
 @pytest.mark.cpu
@@ -166,7 +186,7 @@ def test_the_start_check_gives_the_key(script, tmp_path):
     body = standing_in(tmp_path, answers)
     assert finish(script(body, "m", f"--port={free_port()}", VLLM_API_KEY="a key"))[0] == 3
     assert finish(script(body, "m", f"--port={free_port()}", "--api-key", "a key"))[0] == 3
-    status, _, err = finish(script(body, "m", f"--port={free_port()}"))
+    status, _, err = finish(script(body, "m", f"--port={free_port()}", VLLM_API_KEY="another"))
     assert status == 7 and "401" in err
 
 
