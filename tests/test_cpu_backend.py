@@ -7,11 +7,13 @@ from support.paged import Request, Step, make_step
 from vllm_power.kernels.plan import VisibleBlocks, build_plan
 from vllm_power.kernels.reference import attention
 from vllm_power.pattern import POWER, Pattern, preset
+from vllm_power.tools.common.layer import request_amx
 
 ops = pytest.importorskip("vllm._custom_ops")
 cpu_attn = pytest.importorskip("vllm.v1.attention.backends.cpu_attn")
 if not hasattr(torch.ops._C, "cpu_attention_with_kv_cache"):
     pytest.skip("this vLLM has no CPU kernels", allow_module_level=True)
+request_amx()
 
 
 def run_cpu(step: Step, pattern: Pattern, scale: float, soft_cap: float = 0.0) -> torch.Tensor:

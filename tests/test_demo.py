@@ -228,7 +228,7 @@ def test_interrupting_the_demo_stops_the_server(tmp_path, number):
     program.write_text(STAND_IN.format(python=sys.executable))
     program.chmod(0o755)
     code = (
-        "import sys; from vllm_power.tools.demo import server, run;"
+        "import sys; from vllm_power.tools.common import vllm_server as server; from vllm_power.tools.demo import run;"
         f"server.vllm_executable = lambda: {str(program)!r};"
         "sys.exit(run.run('--never', 'power', None))"
     )

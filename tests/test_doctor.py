@@ -48,6 +48,7 @@ ON_CPU = ON_GPU | {
     "versions": {"vllm": "0.32.0+cpu", "vllm-power": "0.1.0"},
 }
 
+KILLED = "import os, signal, sys; print('unrelated', file=sys.stderr); os.kill(os.getpid(), signal.{})"
 OTHER_PLUGIN = {"entry_points": {"vllm.general_plugins": "other:go"}}
 BROKEN = [
     (ON_GPU, {"python": (3, 10)}, "Python", "3.10", "3.11 to 3.14"),
@@ -153,14 +154,17 @@ def test_the_table_shows_the_remedy():
         ("print('a'); print('b')", True, "b"),
         ("raise ValueError('why')", False, "ValueError: why"),
         ("import os; os._exit(9)", False, "status 9"),
+        (KILLED.format("SIGILL"), False, "ended by signal SIGILL (Illegal instruction)"),
+        (KILLED.format("SIGKILL"), False, "ended by signal SIGKILL (Killed)"),
         ("import time; time.sleep(9)", False, "no answer"),
     ],
-    ids=["well", "raised", "died", "hung"],
+    ids=["well", "raised", "died", "sigill", "sigkill", "hung"],
 )
 def test_what_runs_in_a_process_of_its_own(code, ok, said):
     run = run_python(code, timeout=2)
     assert run.ok is ok
     assert said in run.said
+    assert "unrelated" not in run.said
 
 
 def test_a_card_is_listed_as_nvidia_smi_has_it(tmp_path, monkeypatch):

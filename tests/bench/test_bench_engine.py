@@ -5,7 +5,7 @@ import subprocess
 import pytest
 from support.processes import is_running
 
-from vllm_power.tools.bench.engine import run_apart
+from vllm_power.tools.bench.engine import failed, run_apart
 
 HEAD = """
 import json, os, sys
@@ -43,6 +43,14 @@ def test_a_process_that_fails_is_told_after_its_rows(module):
     assert next(rows) == {"bench": "first"}
     with pytest.raises(subprocess.CalledProcessError, match="status 7"):
         next(rows)
+
+
+def test_the_first_error_of_a_process_is_told(module, capfd):
+    code = 'def measure():\n  print("ValueError: the cause", file=sys.stderr)\n  raise RuntimeError("later")\n  yield'
+    with pytest.raises(subprocess.CalledProcessError) as failure:
+        list(run_apart(module(code)))
+    assert failed(failure.value) == "ended with status 1: ValueError: the cause"
+    assert "later" in capfd.readouterr().err
 
 
 def test_the_current_directory_is_not_imported_from(module, monkeypatch, tmp_path):

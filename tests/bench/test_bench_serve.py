@@ -10,15 +10,18 @@ from vllm_power.tools.cli import app
 from vllm_power.tools.common import results
 
 
-def test_rows_before_a_failure_are_kept(monkeypatch, tmp_path):
+@pytest.mark.parametrize("returncode, status, said", [(7, 7, "status 7"), (-9, 137, "signal SIGKILL")])
+def test_rows_before_a_failure_are_kept(monkeypatch, tmp_path, returncode, status, said):
     def run_apart(module, impl, *work):
         yield {"bench": "ttft", "impl": impl, "context": 512, "batch": 1, "n": 1, "median_ms": 2.0}
         if impl == "dense":
-            raise subprocess.CalledProcessError(7, "dense")
+            raise subprocess.CalledProcessError(returncode, "dense")
 
     monkeypatch.setattr(engine, "gpu_name", lambda: "a GPU")
     monkeypatch.setattr(serve, "run_apart", run_apart)
-    assert CliRunner().invoke(app, ["bench", "serve", "--folder", str(tmp_path)]).exit_code == 7
+    done = CliRunner().invoke(app, ["bench", "serve", "--folder", str(tmp_path)])
+    assert done.exit_code == status
+    assert f"dense: ended {'by' if returncode < 0 else 'with'} {said}" in done.stderr
     assert [row["impl"] for row in results.rows(tmp_path, "serve")] == ["power", "dense"]
 
 

@@ -1,5 +1,6 @@
 """The Helm chart: what it renders fits Kubernetes, drains and scales as it should, and bad values are refused."""
 
+import base64
 import json
 import subprocess
 import sys
@@ -34,6 +35,7 @@ MATRIX = {
             "power.stride=64",
             "model.servedName=short-name",
             "model.revision=main",
+            "model.maxLength=131072",
             "tensorParallelSize=4",
             "pipelineParallelSize=2",
             "replicas=3",
@@ -69,7 +71,17 @@ MATRIX = {
         {"PersistentVolumeClaim"},
     ),
     "openshift": (["podSecurityContext.runAsUser=null", "podSecurityContext.fsGroup=null"], set()),
-    "load-balancer": (["service.type=LoadBalancer", "service.port=80", "replicas=2"], set()),
+    "load-balancer": (
+        [
+            "service.type=LoadBalancer",
+            "service.port=80",
+            "replicas=2",
+            "networkPolicy.ingressFrom[0].ipBlock.cidr=203.0.113.0/24",
+        ],
+        set(),
+    ),
+    "load-balancer-open": (["service.type=LoadBalancer", "networkPolicy.enabled=false"], set()),
+    "made-key": (["apiKey.create=true"], {"Secret"}),
     "closed": (["networkPolicy.ingressFrom=null", "networkPolicy.metricsFrom=null"], set()),
 }
 
@@ -91,7 +103,7 @@ def test_lint(helm):
 
 def test_objects_fit_their_schemas(rendered, validate):
     objects, more = rendered
-    assert kinds(objects) == ALWAYS | more
+    assert kinds(objects) | {"NetworkPolicy"} == ALWAYS | more
     validate(objects)
     assert all(entry["metadata"]["namespace"] == "models" for entry in objects)
 
@@ -102,7 +114,8 @@ def test_every_pod_is_hardened_and_drains(rendered):
         assert_hardened(pod)
     (template,) = pod_templates(one(objects, "Deployment"))
     assert_serves_safely(template["spec"])
-    assert_policy_covers(objects)
+    if "NetworkPolicy" in kinds(objects):
+        assert_policy_covers(objects)
 
 
 def test_roll_out_waits_for_the_longest_load(render):
@@ -126,9 +139,22 @@ def test_arguments_of_the_server(render):
     } <= set(arguments)
 
 
-def test_a_million_tokens_stay_an_integer(render):
-    arguments = container(one(render("--set", "model.maxLength=1048576"), "Deployment"))["args"]
-    assert "--max-model-len=1048576" in arguments
+@pytest.mark.parametrize(
+    "given, argument",
+    [
+        ([], None),
+        (["--set", "model.maxLength=null"], None),
+        (["--set-string", "model.maxLength="], None),
+        (["--set", "model.maxLength=auto"], "--max-model-len=auto"),
+        (["--set", "model.maxLength=32768"], "--max-model-len=32768"),
+        (["--set", "model.maxLength=1048576"], "--max-model-len=1048576"),
+    ],
+    ids=["left-out", "null", "empty", "auto", "number", "a-million"],
+)
+def test_the_longest_context_is_the_models_own_unless_it_is_set(render, given, argument):
+    arguments = container(one(render(*given), "Deployment"))["args"]
+    found = [entry for entry in arguments if "max-model-len" in entry]
+    assert found == ([argument] if argument else [])
 
 
 def test_gpus_are_tensor_times_pipeline(render):
@@ -145,6 +171,26 @@ def test_secrets_are_references(render):
     assert environment["VLLM_API_KEY"]["valueFrom"]["secretKeyRef"] == {"name": "keys", "key": "api-key"}
     assert environment["HF_TOKEN"]["valueFrom"]["secretKeyRef"] == {"name": "hub", "key": "token"}
     assert "Secret" not in kinds(objects)
+
+
+def test_a_key_that_the_chart_makes(render):
+    objects = render("--set", "apiKey.create=true")
+    secret = one(objects, "Secret")
+    name = secret["metadata"]["name"]
+    assert len(base64.b64decode(secret["data"]["api-key"])) == 40
+    wanted = {"name": name, "key": "api-key"}
+    server = {entry["name"]: entry for entry in container(one(objects, "Deployment"))["env"]}
+    assert server["VLLM_API_KEY"]["valueFrom"]["secretKeyRef"] == wanted
+    (pod,) = [entry for entry in objects if entry["kind"] == "Pod"]
+    tested = {entry["name"]: entry for entry in pod["spec"]["containers"][0]["env"]}
+    assert tested["API_KEY"]["valueFrom"]["secretKeyRef"] == wanted
+
+
+def test_downloaded_weights_have_a_limit(render):
+    spec = one(render(), "Deployment")["spec"]["template"]["spec"]
+    volumes = {volume["name"]: volume for volume in spec["volumes"]}
+    assert all(entry["emptyDir"]["sizeLimit"] for entry in volumes.values())
+    assert volumes["models"] == {"name": "models", "emptyDir": {"sizeLimit": "200Gi"}}
 
 
 def test_keda_counts_waiting_requests_of_this_model(render):
@@ -207,6 +253,11 @@ def test_helm_test_is_python_and_asks_the_service(render):
         (["keda.enabled=true", "keda.minReplicas=0"], "minReplicas"),
         (["keda.enabled=true", "keda.minReplicas=5"], "minReplicas is more than"),
         (["service.type=ExternalName"], "service/type"),
+        (["service.type=LoadBalancer"], "ipBlock"),
+        (["service.type=NodePort"], "networkPolicy.enabled to false"),
+        (["model.maxLength=0"], "maxLength"),
+        (["model.maxLength=all"], "maxLength"),
+        (["apiKey.create=true", "apiKey.existingSecret=a"], "one of the two"),
         (["podMonitor.interval=15"], "interval"),
         (["terminationGracePeriodSeconds=145"], "must be more than 145"),
         (["drain.shutdownTimeoutSeconds=170"], "must be more than 195"),

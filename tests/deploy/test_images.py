@@ -90,9 +90,9 @@ def test_context_has_nothing_else():
 
 
 def test_executable_scripts():
-    for name in ("serve.py", "health.py"):
+    for name, python in (("serve.py", "-S python3 -S"), ("health.py", "python3")):
         assert os.access(DOCKER / name, os.X_OK)
-        assert (DOCKER / name).read_text().startswith("#!/usr/bin/env python3\n")
+        assert (DOCKER / name).read_text().startswith(f"#!/usr/bin/env {python}\n")
 
 
 def in_context(path: str) -> bool:
@@ -114,6 +114,20 @@ def fits(path: str, pattern: str) -> bool:
     if pattern.startswith("**/"):
         return fnmatch.fnmatch(path.split("/")[-1], pattern[3:])
     return path.count("/") == pattern.count("/") and fnmatch.fnmatch(path, pattern)
+
+
+@pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.cpu"])
+def test_code_of_a_checkpoint_goes_to_the_writable_cache(name, tmp_path):
+    """With --trust-remote-code transformers copies it there; HF_HOME, /models, may be mounted read-only."""
+    set_to = dict(re.findall(r"(HF_\w+)=(\S+)", (DOCKER / name).read_text()))
+    assert set_to["HF_MODULES_CACHE"].startswith("/cache/")
+    code = "from transformers.dynamic_module_utils import init_hf_modules; init_hf_modules()"
+    # Nobody can make a folder in /proc, not even root.
+    read_only = {**os.environ, "HF_HOME": "/proc/read-only"}
+    writable = {**read_only, "HF_MODULES_CACHE": set_to["HF_MODULES_CACHE"].replace("/cache", str(tmp_path))}
+    for environment, works in ((read_only, False), (writable, True)):
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        assert (done.returncode == 0) == works, done.stderr
 
 
 # --- compose -------------------------------------------------------------------------------------------------------
@@ -139,6 +153,16 @@ def test_compose_mounts_what_is_there():
         drain = int(server["environment"]["POWER_SHUTDOWN_TIMEOUT"])
         assert int(server["stop_grace_period"].removesuffix("s")) > drain + 15
         assert (DOCKER.parent / server["build"]["dockerfile"]).exists()
+
+
+def test_compose_has_no_default_password_and_an_easy_key():
+    services = yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]
+    grafana = services["grafana"]["environment"]
+    assert grafana["GF_SECURITY_DISABLE_INITIAL_ADMIN_CREATION"] == "true"
+    assert not any("PASSWORD" in name for name in grafana)
+    for name in ("server-gpu", "server-cpu"):
+        assert services[name]["environment"]["VLLM_API_KEY"] == "${VLLM_API_KEY:-}"
+        assert "--max-model-len=${MAX_MODEL_LEN:-}" in services[name]["command"]
 
 
 def test_prometheus_scrapes_the_server_of_compose():

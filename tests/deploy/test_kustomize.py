@@ -64,6 +64,33 @@ def test_every_component_at_once(kustomize, validate, tmp_path):
     assert f'model_name="{settings["MODEL"]}"' in trigger["metadata"]["query"]
 
 
+def test_a_name_prefix_reaches_what_keda_scales(kustomize, tmp_path):
+    shutil.copytree(KUBERNETES, tmp_path / "kubernetes")
+    (tmp_path / "named").mkdir()
+    named = {
+        "namePrefix": "team-",
+        "resources": ["../kubernetes/base"],
+        "components": ["../kubernetes/components/keda"],
+    }
+    (tmp_path / "named" / "kustomization.yaml").write_text(yaml.safe_dump(named))
+    objects = kustomize(tmp_path / "named")
+    target = one(objects, "ScaledObject")["spec"]["scaleTargetRef"]["name"]
+    assert target == one(objects, "Deployment")["metadata"]["name"] == "team-vllm-power"
+
+
+def test_a_larger_model_brings_its_own_length(kustomize):
+    """Qwen2.5-72B-Instruct has 32,768 positions: the base's length of another model would end its start."""
+    settings = one(kustomize(KUBERNETES / "overlays" / "tensor-parallel"), "ConfigMap")["data"]
+    assert (settings["MODEL"], settings["MAX_MODEL_LEN"]) == ("Qwen/Qwen2.5-72B-Instruct", "")
+
+
+def test_every_volume_has_a_limit(kustomize):
+    for overlay in OVERLAYS:
+        spec = one(kustomize(overlay), "Deployment")["spec"]["template"]["spec"]
+        for volume in spec["volumes"]:
+            assert "emptyDir" not in volume or volume["emptyDir"]["sizeLimit"], volume["name"]
+
+
 def test_settings_are_what_the_arguments_name(kustomize):
     for overlay in OVERLAYS:
         objects = kustomize(overlay)
@@ -103,7 +130,8 @@ def test_the_chart_makes_the_same_server(kustomize, render):
             argument.split("=")[0] for argument in server["args"] if argument.startswith("--")
         )
     ours["server"].pop("envFrom")
-    ours["server"]["args"].remove("--additional-config")  # the chart leaves it out where there are no options
+    for argument in ("--additional-config", "--max-model-len"):  # the chart leaves out what has no value
+        ours["server"]["args"].remove(argument)
     assert ours == theirs
 
 
@@ -111,8 +139,8 @@ def test_nothing_is_left_out():
     """Every YAML file is used by some kustomization."""
     named = set()
     for file in KUBERNETES.rglob("kustomization.yaml"):
-        named |= {
-            (file.parent / name).resolve() for name in yaml.safe_load(file.read_text()).get("resources", [])
-        }
+        content = yaml.safe_load(file.read_text())
+        names = content.get("resources", []) + content.get("configurations", [])
+        named |= {(file.parent / name).resolve() for name in names}
     files = {path.resolve() for path in KUBERNETES.rglob("*.yaml") if path.name != "kustomization.yaml"}
     assert files <= named

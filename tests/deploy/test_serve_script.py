@@ -1,22 +1,33 @@
 """The image's start script and health check, with a stand-in for vLLM; test_serve_for_real.py has vLLM itself."""
 
 import http.server
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+import venv
 from pathlib import Path
 
 import pytest
 from support.manifests import ROOT
 
+from vllm_power.tools.common.vllm_server import free_port
+from vllm_power.tools.image.address import base_url
+
 SERVE = ROOT / "docker" / "serve.py"
 HEALTH = ROOT / "docker" / "health.py"
-
-ACTIVE = "INFO [platform.py:84] PowerAttention: power (block 256); executor cpu; 2 of 2 attention layers"
-LISTENING = "INFO [entry.py:140] Starting vLLM server on http://0.0.0.0:8000"
+BASE = {"PYTHONPATH": str(ROOT), "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_API_KEY": "a"}
+# The module of the standard library in place of the one that was found before it.
+REAL = """
+import importlib.util, os, sys
+spec = importlib.util.spec_from_file_location("subprocess", os.path.dirname(os.__file__) + "/subprocess.py")
+module = sys.modules["subprocess"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+"""
 
 
 @pytest.fixture
@@ -30,7 +41,7 @@ def script(tmp_path):
         program.chmod(0o755)
         process = subprocess.Popen(
             [sys.executable, SERVE, *arguments],
-            env={"PATH": f"{tmp_path}:{os.environ['PATH']}", **environment},
+            env={**BASE, "PATH": f"{tmp_path}:{os.environ['PATH']}", **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -72,6 +83,40 @@ def test_a_given_timeout_stays(script, given):
     assert out == f"serve some/model {given} --attention-backend=power\n"
 
 
+@pytest.mark.parametrize(
+    "arguments", [["--model=m"], ["--config", "file"], ["serve", "m"], ["vllm", "serve", "m"]], ids=str
+)
+def test_ways_to_name_the_model(script, arguments):
+    _, out, _ = finish(script('echo "$@"', *arguments))
+    assert out.startswith("serve m" if arguments[-1] == "m" else f"serve {arguments[0]}")
+
+
+def test_an_empty_length_is_the_models_own(script):
+    _, out, _ = finish(script('echo "$@"', "some/model", "--max-model-len="))
+    assert out == "serve some/model --shutdown-timeout=30 --attention-backend=power\n"
+
+
+@pytest.mark.parametrize(
+    "arguments, environment, warned",
+    [
+        ([], {"VLLM_API_KEY": ""}, True),
+        ([], {"VLLM_API_KEY": "a"}, False),
+        (["--api-key", "a"], {}, False),
+        (["--headless"], {}, False),
+    ],
+    ids=str,
+)
+def test_a_missing_api_key_is_told_loudly(script, arguments, environment, warned):
+    _, _, err = finish(script("exit 1", "m", *arguments, **environment))
+    assert ("THERE IS NO API KEY" in err) == warned
+
+
+@pytest.mark.cpu
+def test_on_a_cpu_the_kv_cache_fits(script):
+    _, out, _ = finish(script('echo "$@"', "some/model", VLLM_CPU_KVCACHE_SPACE=""))
+    assert re.search(r"--kv-cache-memory-bytes=\d+$", out)
+
+
 def test_timeout_from_the_environment(script):
     _, out, _ = finish(script('echo "$@"', "some/model", POWER_SHUTDOWN_TIMEOUT="120"))
     assert "--shutdown-timeout=120" in out
@@ -86,8 +131,9 @@ def test_timeout_from_the_environment(script):
         (["m"], {"VLLM_PLUGINS": "lora,other"}, "VLLM_PLUGINS"),
         (["m"], {"VLLM_PLUGINS": ""}, "VLLM_PLUGINS"),
         (["m"], {"POWER_SHUTDOWN_TIMEOUT": "1m"}, "whole number"),
-        (["m"], {"VLLM_LOGGING_LEVEL": "warning"}, "POWER_START_CHECK=0"),
-        (["m"], {"VLLM_CONFIGURE_LOGGING": "0"}, "POWER_START_CHECK=0"),
+        (["--port=8000"], {}, "no model is named"),
+        (["--max-model-len", "4096"], {}, "the model first"),
+        (["serve", "--port=8000"], {}, "vllm serve"),
     ],
 )
 def test_refused_before_vllm_starts(script, arguments, environment, message):
@@ -97,8 +143,9 @@ def test_refused_before_vllm_starts(script, arguments, environment, message):
 
 
 def test_without_the_plugin_it_refuses(tmp_path):
-    # A Python that sees the standard library only.
-    command = [sys.executable, "-S", SERVE, "some/model"]
+    # A Python that has the standard library only.
+    venv.create(tmp_path / "bare", symlinks=True)
+    command = [tmp_path / "bare" / "bin" / "python", SERVE, "some/model"]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env={"PATH": os.environ["PATH"]}
     )
@@ -108,47 +155,138 @@ def test_without_the_plugin_it_refuses(tmp_path):
 
 # --- the start check -----------------------------------------------------------------------------------------------
 
-
-def test_active_backend_is_left_alone(script):
-    status, out, err = finish(script(f"echo '{ACTIVE}'; echo '{LISTENING}'; echo more; exit 7", "m"))
-    assert (status, err) == (7, "")
-    assert out == f"{ACTIVE}\n{LISTENING}\nmore\n"
-
-
-def test_a_server_without_the_backend_is_stopped(script):
-    started = time.monotonic()
-    status, _, err = finish(script(f"echo '{LISTENING}'; exec sleep 30", "m"))
-    assert status == 3
-    assert "no layer reported PowerAttention" in err
-    assert time.monotonic() - started < 15
-
-
-def test_a_warning_of_ours_does_not_prove_the_backend(script):
-    warning = "WARNING [platform.py:90] PowerAttention: there will be no metrics of it: OSError()"
-    status, *_ = finish(script(f"echo '{warning}'; echo '{LISTENING}'; exec sleep 30", "m"))
-    assert status == 3
+LAYERS = {"sparse": [0, 1], "dense": [], "sliding_window": []}
+METRIC = 'vllm_power_layers{attention="sparse",engine="0",model_name="m"} '
+# name: (answers by path, the script's status, what it says); the stand-in ends with 7 if it is left alone.
+STARTS = {
+    "active": ({"/v1/power/info": {"engine": True, "layers": LAYERS}}, 7, "status 7"),
+    "another-backend": ({"/v1/power/info": {"engine": False}}, 3, "no layer runs PowerAttention"),
+    "no-layer": ({"/v1/power/info": {"engine": True, "layers": {**LAYERS, "sparse": []}}}, 3, "no layer runs"),
+    "metrics": ({"/metrics": f"# HELP x\n{METRIC}2.0\n"}, 7, "status 7"),
+    "metrics-no-layer": ({"/metrics": f"{METRIC}0.0\n"}, 3, "no layer runs"),
+    "other-stages-unknown": (
+        {"/v1/power/info": {"engine": True, "layers": None, "note": "on another host"}, "/metrics": "x 1\n"},
+        7,
+        "could not ask the server which layers run PowerAttention: on another host",
+    ),
+    "cannot-be-asked": ({}, 7, "could not ask the server"),
+}  # fmt: skip
 
 
-def test_lines_that_arrive_in_pieces_are_read_whole(script):
-    pieces = f"printf '{ACTIVE[:30]}'; sleep 0.3; printf '{ACTIVE[30:]}\\r{LISTENING}\\n'; exit 7"
-    assert finish(script(pieces, "m"))[0] == 7
+@pytest.mark.parametrize("name", STARTS)
+def test_the_server_is_asked_whatever_it_logs(script, tmp_path, name):
+    answers, wanted, said = STARTS[name]
+    status, _, err = finish(script(standing_in(tmp_path, answers), "m", f"--port={free_port()}"))
+    assert status == wanted
+    assert said in err
+
+
+def test_the_start_check_gives_the_key(script, tmp_path):
+    answers = {"/v1/power/info": {"engine": False}, "key": "a key"}
+    body = standing_in(tmp_path, answers)
+    assert finish(script(body, "m", f"--port={free_port()}", VLLM_API_KEY="a key"))[0] == 3
+    assert finish(script(body, "m", f"--port={free_port()}", "--api-key", "a key"))[0] == 3
+    status, _, err = finish(script(body, "m", f"--port={free_port()}", VLLM_API_KEY="another"))
+    assert status == 7 and "401" in err
 
 
 @pytest.mark.parametrize(
     "arguments, environment",
-    [(["m", "--headless"], {}), (["m"], {"POWER_START_CHECK": "0", "VLLM_LOGGING_LEVEL": "ERROR"})],
+    [(["--headless"], {}), ([], {"POWER_START_CHECK": "0"})],
     ids=["headless", "switched-off"],
 )
-def test_no_check(script, arguments, environment):
-    assert finish(script(f"echo '{LISTENING}'; exit 7", *arguments, **environment))[0] == 7
+def test_no_check(script, tmp_path, arguments, environment):
+    body = standing_in(tmp_path, {"/v1/power/info": {"engine": False}})
+    assert finish(script(body, "m", f"--port={free_port()}", *arguments, **environment))[0] == 7
+
+
+def test_a_unix_socket_is_not_asked(script):
+    status, _, err = finish(script("sleep 1; exit 7", "m", "--uds", "/tmp/socket"))
+    assert status == 7 and "Unix socket" in err
+
+
+def standing_in(folder: Path, answers: dict) -> str:
+    """A body for `vllm`: it serves ``answers`` after a moment, and ends with status 7 some time after it was asked."""
+    (folder / "answers.json").write_text(json.dumps(answers))
+    (folder / "stand_in.py").write_text(STAND_IN)
+    return f'exec {sys.executable} {folder}/stand_in.py {folder}/answers.json "$@"'
+
+
+STAND_IN = """
+import http.server, json, os, sys, threading, time
+answers = json.load(open(sys.argv[1]))
+port = next(int(argument[7:]) for argument in sys.argv if argument.startswith("--port="))
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        key = answers.get("key")
+        if self.path.startswith("/v1") and key and self.headers["Authorization"] != f"Bearer {key}":
+            return self.send_error(401)
+        if self.path == "/health":
+            threading.Timer(2, lambda: os._exit(7)).start()
+        elif self.path not in answers:
+            return self.send_error(404)
+        found = answers.get(self.path, "")
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write((found if isinstance(found, str) else json.dumps(found)).encode())
+    def log_message(self, *arguments):
+        pass
+time.sleep(0.5)
+threading.Timer(8, lambda: os._exit(7)).start()
+http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
 
 
 # --- how it ends ---------------------------------------------------------------------------------------------------
 
 
 def test_an_engine_that_dies_is_a_failure(script):
-    status, _, err = finish(script(f"echo '{ACTIVE}'; exit 0", "m"))
-    assert status == 1 and "ended by itself" in err
+    status, _, err = finish(script("exit 0", "m"))
+    assert status == 1 and "that is a failure" in err
+
+
+def test_the_first_error_is_told_last(script):
+    log = "echo 'ValueError: the cause'; echo 'RuntimeError: Engine core initialization failed. See root cause above.'"
+    status, out, err = finish(script(f"{log}; exit 1", "m"))
+    assert status == 1 and out.count("\n") == 2
+    assert err == "vllm-power: vLLM ended with status 1. Its first error: ValueError: the cause\n"
+
+
+def test_a_log_that_cannot_be_written_does_not_hold_the_server(script, tmp_path):
+    """A megabyte is more than a pipe holds: the server would wait for ever for somebody to read it."""
+    body = f"yes | head -c 1000000; touch {tmp_path}/done; echo 'ValueError: why'; exit 7"
+    process = script(body, "m")
+    process.stdout.close()
+    wait_for(tmp_path / "done")
+    err = process.stderr.read()
+    assert process.wait(20) == 7
+    assert "cannot be written" in err and "ValueError: why" in err
+
+
+def test_a_full_disk_loses_the_log_alone(tmp_path):
+    (tmp_path / "vllm").write_text("#!/bin/sh\nhead -c 1000000 /dev/zero\nexit 7\n")
+    (tmp_path / "vllm").chmod(0o755)
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, SERVE, "m"],
+            env={**BASE, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+            stdout=full,
+            stderr=full,
+            timeout=20,
+            check=False,
+        )
+    assert done.returncode == 7
+
+
+def test_sigterm_counts_from_the_first_moment(script, tmp_path):
+    """It arrives while the script still imports: the handler must be there before, for process 1 has no default."""
+    (tmp_path / "subprocess.py").write_text(
+        "import os, signal\nos.kill(os.getpid(), signal.SIGTERM)\n" + REAL
+    )
+    process = script(f"touch {tmp_path}/started", "m", PYTHONPATH=f"{tmp_path}:{BASE['PYTHONPATH']}")
+    status, _, err = finish(process)
+    assert (status, err) == (143, "")
+    assert not (tmp_path / "started").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -195,7 +333,8 @@ def endpoint():
 def health(tmp_path, *arguments):
     process = tmp_path / "cmdline"
     process.write_bytes("\0".join(["python3", "vllm-power-serve", "m", *arguments, ""]).encode())
-    return subprocess.run([sys.executable, HEALTH, process], capture_output=True, text=True, check=False)
+    command = [sys.executable, HEALTH, process]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **BASE})
 
 
 @pytest.mark.parametrize(
@@ -213,13 +352,18 @@ def test_health_fails_where_nothing_answers(tmp_path):
 @pytest.mark.parametrize(
     "arguments, address",
     [
-        ([], "http://127.0.0.1:8000/health"),
-        (["--ssl-certfile", "a.pem", "--port", "1"], "https://127.0.0.1:1/health"),
-        (["--host", "::1", "--port=2"], "http://[::1]:2/health"),
+        ([], "http://127.0.0.1:8000"),
+        (["--ssl-certfile", "a.pem", "--port", "1"], "https://127.0.0.1:1"),
+        (["--host", "::1", "--port=2"], "http://[::1]:2"),
     ],
 )
-def test_health_address(monkeypatch, arguments, address):
-    monkeypatch.syspath_prepend(str(HEALTH.parent))
-    import health as module
+def test_address(arguments, address):
+    assert base_url(["vllm-power-serve", "m", *arguments]) == address
 
-    assert module.url(["vllm-power-serve", "m", *arguments]) == address
+
+def test_address_from_a_file(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("model: m\nport: 12 # a comment\nhost: '0.0.0.0'\n")
+    assert base_url(["--config", str(file)]) == "http://127.0.0.1:12"
+    assert base_url(["--config", str(file), "--port=3"]) == "http://127.0.0.1:3"
+    assert base_url(["--config", "none"]) == "http://127.0.0.1:8000"

@@ -62,6 +62,7 @@ def evaluate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., i
             "text": None,
             "qa_data": None,
             "tokenizer": None,
+            "thinking": 0,
         }
         job: dict[str, Any] = {
             "target": fake,

@@ -52,6 +52,54 @@ def test_a_chat_gets_the_question_alone_and_leaves_room_for_its_template(
         assert len(tokenizer(chat).input_ids) <= 512 - 32
 
 
+PARSERS = pytest.mark.parametrize("parser", [None, "reasoning", "reasoning_content"], ids=str)
+
+
+@PARSERS
+def test_a_reasoning_model_gets_room_to_think(endpoint, evaluate, tmp_path, parser):
+    fake = endpoint(thinks=500, parser=parser)
+    assert evaluate(fake, chat=True, thinking=1000) == 0
+    assert accuracy(tmp_path / "out", "passkey") == {512: 1.0, 1024: 1.0}
+    assert {body["max_tokens"] for body in fake.chats} == {32 + 1000}
+
+
+@PARSERS
+def test_no_answer_is_not_a_wrong_one(endpoint, evaluate, tmp_path, capsys, parser):
+    """The thoughts end in the middle. They name a number, and that is no answer either."""
+    gate = tmp_path / "gate.json"
+    assert evaluate(endpoint(thinks=500, parser=parser), chat=True, thinking=100, write_gate=gate) == 2
+    out = " ".join(capsys.readouterr().out.split())
+    assert (
+        "No answer: 6 of 6 to passkey at 512 tokens (cut off in its thoughts)" in out and "--thinking" in out
+    )
+    assert not gate.exists()
+    figures = results(tmp_path / "out")["figures"]
+    assert figures["accuracies"] == figures["cells"] == []
+    assert [row["count"] for row in figures["unanswered"]] == [6, 6]
+    assert "No answer" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_an_answer_that_the_server_takes_for_thoughts_is_read(endpoint, evaluate, tmp_path):
+    assert evaluate(endpoint(thinks=500, parser="all"), chat=True, thinking=1000) == 0
+    assert accuracy(tmp_path / "out", "passkey") == {512: 1.0, 1024: 1.0}
+
+
+def test_thoughts_have_what_the_context_leaves(endpoint, evaluate, tmp_path):
+    """Of 1,200 tokens, 688 are left at 512 and 176 at 1,024, where the thoughts do not fit."""
+    fake = endpoint(thinks=500, max_model_len=1200)
+    assert evaluate(fake, chat=True, thinking=2000) == 2
+    assert {body["max_tokens"] for body in fake.chats} == {32 + 688, 32 + 176}
+    assert accuracy(tmp_path / "out", "passkey") == {512: 1.0}
+
+
+def test_a_gate_takes_missing_answers_for_fallen(endpoint, evaluate, tmp_path, capsys):
+    gate = tmp_path / "gate.json"
+    fake = endpoint(thinks=500)
+    assert evaluate(fake, chat=True, thinking=1000, write_gate=gate) == 0
+    assert evaluate(fake, chat=True, thinking=100, gate=gate) == 1
+    assert "not measured in this run" in capsys.readouterr().out
+
+
 def test_passkeys_as_token_ids(endpoint, evaluate, tmp_path):
     fake = endpoint()
     assert evaluate(fake, prompts="tokens") == 0

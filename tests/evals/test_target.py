@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
 from vllm_power.tools.common import vllm_server as server
 from vllm_power.tools.common.vllm_server import ServerFailed
@@ -31,6 +32,7 @@ def started(endpoint, monkeypatch) -> list[tuple[str, ...]]:
         commands.append(("stop", model, *arguments))
 
     monkeypatch.setattr(target_module, "serve", serve)
+    monkeypatch.setattr(target_module, "kv_cache_arguments", lambda *_: [])
     return commands
 
 
@@ -56,6 +58,30 @@ def test_a_server_that_does_not_start_shows_its_log(evaluate, monkeypatch, tmp_p
     assert evaluate(target=OURS) == 2
     out = capsys.readouterr().out
     assert "ended with status 1" in out and "the cause" in out
+
+
+def test_a_server_that_ends_in_between_shows_its_error(started, evaluate, monkeypatch, tmp_path, capsys):
+    log = tmp_path / "server.log"
+    log.write_text("torch.OutOfMemoryError: no memory left\n")
+
+    @contextmanager
+    def serve(*_, **__):
+        yield SimpleNamespace(base_url="http://127.0.0.1:1/v1", log=log)
+
+    monkeypatch.setattr(target_module, "serve", serve)
+    monkeypatch.setattr("vllm_power.tools.evals.endpoint.RETRIES", 0)
+    assert evaluate(target=OURS) == 2
+    out = capsys.readouterr().out
+    assert "cannot be reached" in out and "no memory left" in out and str(log) in out
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_a_server_on_a_cpu_gets_a_kv_cache_that_fits(started, monkeypatch, on_cpu):
+    room = ["--kv-cache-memory-bytes=1048576"] if on_cpu else []
+    monkeypatch.setattr(target_module, "kv_cache_arguments", lambda *_: room)
+    with OURS.running(Console()):
+        assert started == [("start", "model", "--attention-backend", "power", *room)]
+    assert "kv-cache" not in OURS.description
 
 
 def test_without_vllm_there_is_no_server_to_start(evaluate, monkeypatch, capsys):

@@ -24,6 +24,7 @@ class Fake:
 
     key: the key that it wants; failures: requests that it answers with 503 first; dies_after: it answers that many
     and then no more; delay: seconds before an answer; noise: how far its logprobs lie from the dense model's.
+    thinks: tokens that a chat spends on thoughts first; parser: the field that it returns them in, None for <think>.
     prompts and chats are what it was asked.
     """
 
@@ -37,6 +38,8 @@ class Fake:
     dies_after: int | None = None
     noise: float = 0.0
     lists_logprobs: bool = True
+    thinks: int = 0
+    parser: str | None = None
     models: list[str] = field(default_factory=lambda: ["fake"])
     prompts: list[Any] = field(default_factory=list)
     chats: list[Any] = field(default_factory=list)
@@ -52,6 +55,21 @@ class Fake:
         if key := re.search(r"passkey is ?(\d+)", prompt):
             return key[1]
         return " ".join(re.findall(r"\d{7}", prompt))
+
+    def message(self, answer: str, max_tokens: int) -> tuple[dict[str, Any], str]:
+        """The message of a chat and why it ended. Thoughts that do not fit leave no room for an answer."""
+        if not self.thinks:
+            return {"role": "assistant", "content": answer}, "stop"
+        fits = self.thinks < max_tokens
+        thoughts = "What was it? 12345?"
+        if self.parser is None:
+            content: str | None = f"<think>{thoughts}" + (f"</think>\n\n{answer}" if fits else "")
+            return {"role": "assistant", "content": content}, "stop" if fits else "length"
+        if self.parser == "all":  # takes the answer for thoughts as well
+            return {"role": "assistant", "content": None, "reasoning": f"{thoughts} {answer}"}, "stop"
+        return {"role": "assistant", "content": answer if fits else None, self.parser: thoughts}, (
+            "stop" if fits else "length"
+        )
 
     def logprobs(self, tokens: list[int], top: int) -> list[dict[str, Any] | None]:
         """vLLM's prompt_logprobs: the ``top`` best of 50 made-up tokens at each place, and the token itself."""
@@ -125,13 +143,13 @@ def application(fake: Fake) -> FastAPI:
         fake.chats.append(body)
         prompt = body["messages"][0]["content"]
         fake.prompts.append(prompt)
-        message = {"role": "assistant", "content": f"It is {fake.number(prompt)}."}
+        message, reason = fake.message(f"It is {fake.number(prompt)}.", body["max_tokens"])
         return {
             "id": "1",
             "object": "chat.completion",
             "created": 0,
             "model": "fake",
-            "choices": [{"index": 0, "finish_reason": "stop", "message": message}],
+            "choices": [{"index": 0, "finish_reason": reason, "message": message}],
         }
 
     return app

@@ -6,12 +6,15 @@ import random
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+from vllm_power.tools.common.ended import ended
+from vllm_power.tools.common.first_error import FirstError
 from vllm_power.tools.common.results import Row, gpu_name
 from vllm_power.tools.common.vllm_server import stop
 
@@ -106,26 +109,50 @@ def add_requests(llm_engine: Any, count: int, prompt: int, new_tokens: int) -> N
 def run_apart(module: str, *arguments: Any) -> Iterator[Row]:
     """Run ``module``, which calls :func:`answer`, in its own process and yield its rows as they arrive.
 
-    Raises CalledProcessError if the process fails. Closing the generator ends the process.
+    Raises CalledProcessError if the process fails; its stderr is the first error's sentence, "" if it is not known.
+    Closing the generator ends the process.
     """
     # -P: folders of the current directory must not shadow packages, as kernels/ would for transformers.
     command = [sys.executable, "-P", "-m", module, json.dumps(arguments)]
-    environment = {"VLLM_LOGGING_LEVEL": "WARNING"} | os.environ
+    environment = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_LOGGING_STREAM": "ext://sys.stderr"} | os.environ
     # Its own session, so that the engine's child processes can be ended with it.
     child = subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        env=environment,
+        start_new_session=True,
     )
-    assert child.stdout is not None
+    assert child.stdout is not None and child.stderr is not None
+    error = FirstError()
+    reader = threading.Thread(target=_pass_on, args=(child.stderr, error), daemon=True)
+    reader.start()
     try:
         for line in child.stdout:
             if line.startswith('{"bench"'):
                 say(line.rstrip()[:300])
                 yield json.loads(line)
         if child.wait():
-            raise subprocess.CalledProcessError(child.returncode, command[:-1])
+            reader.join(5)  # not for ever: what the process left behind may hold its stderr open
+            raise subprocess.CalledProcessError(child.returncode, command[:-1], stderr=error.sentence or "")
     finally:
         stop(child, grace=20)
+        reader.join(5)
         child.stdout.close()
+
+
+def _pass_on(lines: TextIO, error: FirstError) -> None:
+    """Print a process's stderr as ours, and find the first error in it."""
+    for line in lines:
+        sys.stderr.write(line)
+        error.feed(line)
+
+
+def failed(failure: subprocess.CalledProcessError) -> str:
+    """How a process of :func:`run_apart` ended, and its first error."""
+    return ended(failure.returncode) + (f": {failure.stderr}" if failure.stderr else "")
 
 
 def answer(measure: Callable[..., Iterator[Row]]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from vllm_power.pattern import POWER
-from vllm_power.tools.bench.engine import QWEN2_7B, lacks_gpu, run_apart, say
+from vllm_power.tools.bench.engine import QWEN2_7B, failed, lacks_gpu, run_apart, say
 from vllm_power.tools.common import results
 from vllm_power.tools.common.results import Row
 
@@ -81,7 +81,7 @@ def main(
                     results.append("memory", [row], folder, here)
                     rows.append(row)
             except subprocess.CalledProcessError as failure:
-                say(f"{part} {job[1]}: failed with status {failure.returncode}")
+                say(f"{part} {job[1]}: {failed(failure)}")
                 failures += 1
     if rows:
         _print_table(rows)

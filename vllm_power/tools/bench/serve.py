@@ -11,7 +11,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vllm_power.tools.bench.engine import CHUNK, QWEN2_7B, add_requests, answer, engine, run_apart
+from vllm_power.tools.bench.engine import (
+    CHUNK,
+    QWEN2_7B,
+    add_requests,
+    answer,
+    engine,
+    failed,
+    run_apart,
+    say,
+)
 from vllm_power.tools.common import results
 
 COMPARED = ("power", "dense")
@@ -91,7 +100,7 @@ def _steps(vllm: Any, batch: int, prompt: int, new_tokens: int) -> list[tuple[fl
 def main(repeats: int = 5, folder: Path = results.FOLDER) -> int:
     """Measure every backend, append each row to ``folder``/serve.jsonl, and print the table.
 
-    Returns 0, or the status of a failed process.
+    Returns 0, or the status of a failed process as a shell reports it.
     """
     rows = []
     here = results.machine()
@@ -101,7 +110,8 @@ def main(repeats: int = 5, folder: Path = results.FOLDER) -> int:
                 rows.append({**row, "page": None, "dtype": "bfloat16"})
                 results.append("serve", rows[-1:], folder, here)
         except subprocess.CalledProcessError as failure:
-            return failure.returncode
+            say(f"{impl}: {failed(failure)}")
+            return failure.returncode if failure.returncode > 0 else 128 - failure.returncode
     _print_table(rows)
     return 0
 

@@ -71,6 +71,7 @@ class Layer:
         from vllm.engine.arg_utils import EngineArgs
         from vllm.model_executor.layers.attention import Attention
 
+        request_amx()
         shape = self.shape
         with tempfile.TemporaryDirectory() as directory:
             (Path(directory) / "config.json").write_text(json.dumps(_model_config(shape)))
@@ -111,6 +112,19 @@ class Layer:
         for _ in range(layers):
             self.layer.impl.do_kv_cache_update(self.layer, key, value, self.cache, step.slot_mapping)
             self.layer.impl.forward(self.layer, query, key, value, self.cache, metadata, output)
+
+
+def request_amx() -> None:
+    """Ask the kernel for the AMX tiles of an Intel CPU, once per process before vLLM's C++ attention runs.
+
+    vLLM's worker does this when it starts. Without it the first tile instruction ends the process with SIGILL.
+    Raises RuntimeError if the kernel refuses.
+    """
+    if torch.cpu._is_amx_tile_supported() and not torch.cpu._init_amx():
+        raise RuntimeError(
+            "this CPU has AMX, but the kernel does not grant its tiles to this process: use Linux 5.16 or later, and "
+            "in a virtual machine or sandbox one that passes AMX through"
+        )
 
 
 def _model_config(shape: Shape) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
+from vllm_power.tools.common.ended import ended
+
 
 @dataclass(frozen=True)
 class Server:
@@ -95,7 +97,7 @@ def wait_until_healthy(
     while (waited := time.monotonic() - start) < timeout:
         returncode = process.poll()
         if returncode is not None:
-            raise ServerFailed(f"the server ended with status {returncode}", returncode, server.log)
+            raise ServerFailed(f"the server {ended(returncode)}", returncode, server.log)
         try:
             with opener.open(f"{server.url}/health", timeout=2):
                 return

@@ -42,12 +42,18 @@ def answers(server: Server, model: str, long_tokens: int) -> Iterator[Answer]:
         chat = client.chat.completions.create(
             messages=[{"role": "user", "content": CHAT_QUESTION}], **settings
         )
-        yield answer("Chat", CHAT_QUESTION, chat.choices[0].message.content or "", chat.usage, start)
+        yield answer("Chat", CHAT_QUESTION, said(chat.choices[0].message), chat.usage, start)
 
         prompt = long_prompt(server, model, long_tokens)
         start = time.monotonic()
         completion = client.completions.create(prompt=prompt, **settings)
         yield answer("Long prompt", prompt, completion.choices[0].text, completion.usage, start)
+
+
+def said(message: Any) -> str:
+    """What a chat's message says; of a reasoning model that was cut off in its thoughts, these."""
+    thoughts = getattr(message, "reasoning", None) or getattr(message, "reasoning_content", None) or ""
+    return str(message.content or thoughts)
 
 
 @contextmanager

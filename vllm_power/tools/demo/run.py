@@ -1,20 +1,22 @@
 """``vllm-power demo``: serve a model with the backend, send requests to its OpenAI API, stop the server."""
 
 import json
+import os
 import shlex
 import signal
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 
 from rich.console import Console
 
 from vllm_power.pattern import POWER
+from vllm_power.tools.common.cpu_memory import kv_cache_arguments, serves_on_cpu
+from vllm_power.tools.common.failure import show
 from vllm_power.tools.common.progress import Progress
-from vllm_power.tools.common.vllm_server import Server, ServerFailed, last_lines, serve
+from vllm_power.tools.common.vllm_server import Server, ServerFailed, serve
 from vllm_power.tools.demo import passkeys
 from vllm_power.tools.demo.requests import Answer, answers
 
@@ -33,9 +35,7 @@ def run(model: str | None, backend: str, tokens: int | None) -> int:
         else:
             ask_two_things(model, backend, tokens or LONG_TOKENS)
     except ServerFailed as failure:
-        console.print(f"Failed: {failure}. The end of {failure.log}:", style="red", markup=False)
-        for line in last_lines(failure.log, 25):
-            console.print("  " + line, markup=False, style="dim")
+        show(console, failure)
         return 1
     except KeyboardInterrupt:
         console.print("Interrupted; the server is stopped.")
@@ -89,9 +89,9 @@ def started(model: str, backend: str, max_model_len: int, pattern: str | None = 
         arguments += ["--additional-config", json.dumps(override)]
     if Path(model) == passkeys.MODEL:
         env["HF_HUB_OFFLINE"] = "1"
-    if "cpu" in version("vllm"):
+    if serves_on_cpu():
         arguments.append("--enforce-eager")  # compilation takes longer than the demo
-        env["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB
+        arguments += kv_cache_arguments(model, arguments, os.environ)
     else:
         arguments += ["--gpu-memory-utilization", "0.5"]
     console.print(f"[bold]Server[/bold]  vllm serve {model} {shlex.join(arguments)}")

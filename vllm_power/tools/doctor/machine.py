@@ -12,6 +12,8 @@ from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 
+from vllm_power.tools.common.ended import ended
+
 RESOLVE = """
 from vllm.plugins import load_general_plugins
 load_general_plugins()
@@ -49,7 +51,7 @@ class Torch:
 
 @dataclass(frozen=True)
 class Run:
-    """How a program in a process of its own ended: whether well, and the last line that it printed."""
+    """How a program in a process of its own ended: whether well, and the last line that it printed or its signal."""
 
     ok: bool
     said: str
@@ -189,7 +191,9 @@ def run_python(code: str, timeout: float = 300) -> Run:
             done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=timeout)
         except subprocess.TimeoutExpired:
             return Run(False, f"no answer within {timeout:.0f} s")
+    if done.returncode < 0:  # what it printed before says nothing about the signal
+        return Run(False, ended(done.returncode))
     lines = [
         line for line in (done.stdout if done.returncode == 0 else done.stderr).splitlines() if line.strip()
     ]
-    return Run(done.returncode == 0, lines[-1] if lines else f"ended with status {done.returncode}")
+    return Run(done.returncode == 0, lines[-1] if lines else ended(done.returncode))

@@ -59,6 +59,14 @@ def eval_command(
         bool,
         typer.Option(help="Ask through the chat API, for instruction-tuned models.", rich_help_panel=MODEL),
     ] = False,
+    thinking: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="With --chat: tokens for the thoughts of a reasoning model, beyond each length.",
+            rich_help_panel=MODEL,
+        ),
+    ] = 2048,
     tasks: Annotated[
         str,
         typer.Option(
@@ -151,6 +159,7 @@ def eval_command(
             text=text,
             qa_data=qa_data,
             tokenizer=tokenizer,
+            thinking=thinking if chat else 0,
         )
         others = context.args
         arguments = server_arguments(backend, power, others) if serve else tuple(others)

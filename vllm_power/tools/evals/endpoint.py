@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import openai
 from openai import AsyncOpenAI
 
+from vllm_power.tools.evals.chat import read as read_chat
 from vllm_power.tools.evals.settings import EvalError
 
 Answered = TypeVar("Answered")
@@ -17,10 +18,14 @@ RETRIES = (
 
 @dataclass(frozen=True)
 class Answer:
-    """A greedy answer; prompt_tokens as the server counted them, None where it does not say."""
+    """A greedy answer; prompt_tokens as the server counted them, None if it does not say.
+
+    missing: why there is no answer, None if there is one.
+    """
 
     text: str
     prompt_tokens: int | None
+    missing: str | None = None
 
 
 @dataclass(frozen=True)
@@ -36,16 +41,27 @@ class Model:
 class Endpoint:
     """One model of one endpoint. Make it with ``connect`` and close it in the end."""
 
-    def __init__(self, client: AsyncOpenAI, model: Model, chat: bool) -> None:
+    def __init__(self, client: AsyncOpenAI, model: Model, chat: bool, thinking: int = 0) -> None:
         self.client = client
         self.model = model
         self.chat = chat
+        self.thinking = thinking
 
     @classmethod
     async def connect(
-        cls, url: str, *, model: str | None, chat: bool, timeout: float, api_key: str | None = None
+        cls,
+        url: str,
+        *,
+        model: str | None,
+        chat: bool,
+        timeout: float,
+        api_key: str | None = None,
+        thinking: int = 0,
     ) -> "Endpoint":
-        """Ask the endpoint what it serves. ``model`` chooses where it serves more than one."""
+        """Ask the endpoint what it serves. ``model`` chooses if it serves more than one.
+
+        thinking: tokens that a chat's answer gets beyond its own, for a model that thinks first.
+        """
         client = AsyncOpenAI(base_url=url, api_key=api_key or "none", timeout=timeout, max_retries=RETRIES)
         try:
             cards = (await explained(client.with_options(max_retries=1).models.list(), client)).data
@@ -61,14 +77,20 @@ class Endpoint:
         (card,) = wanted
         # Fields that vLLM adds to OpenAI's.
         root, longest = getattr(card, "root", None), getattr(card, "max_model_len", None)
-        return cls(client, Model(card.id, root, longest, card.owned_by == "vllm"), chat)
+        return cls(client, Model(card.id, root, longest, card.owned_by == "vllm"), chat, thinking)
 
     async def close(self) -> None:
         """Close the connections."""
         await self.client.close()
 
-    async def answer(self, prompt: str | list[int], max_tokens: int, opening: str = "") -> Answer:
-        """Greedy answer to a prompt. ``opening`` is how the answer begins; the model goes on from there."""
+    async def answer(
+        self, prompt: str | list[int], max_tokens: int, opening: str = "", length: int = 0
+    ) -> Answer:
+        """Greedy answer to a prompt. ``opening`` is how the answer begins; the model continues from there.
+
+        length: tokens of prompt and answer together, which leave the rest of the context for thoughts.
+        """
+        missing: str | None = None
         settings: dict[str, Any] = {"model": self.model.name, "max_tokens": max_tokens, "temperature": 0}
         if not self.chat:
             whole: Any = prompt + opening if isinstance(prompt, str) else prompt
@@ -80,7 +102,10 @@ class Endpoint:
             text = done.choices[0].text
         else:
             messages: list[Any] = [{"role": "user", "content": prompt}]
-            if opening.strip() and self.model.is_vllm:
+            continued = bool(opening.strip()) and self.model.is_vllm
+            if not continued:
+                settings["max_tokens"] += self.room_to_think(length)
+            if continued:
                 messages.append({"role": "assistant", "content": opening.strip()})
                 settings["extra_body"] = {"add_generation_prompt": False, "continue_final_message": True}
             done = await explained(
@@ -88,8 +113,13 @@ class Endpoint:
                 self.client,
                 self.model.max_model_len,
             )
-            text = done.choices[0].message.content
-        return Answer(text or "", done.usage.prompt_tokens if done.usage else None)
+            text, missing = read_chat(done.choices[0], max_tokens=max_tokens, continued=continued)
+        return Answer(text or "", done.usage.prompt_tokens if done.usage else None, missing)
+
+    def room_to_think(self, length: int) -> int:
+        """Tokens for thoughts, as far as the server's context has room for them."""
+        limit = self.model.max_model_len
+        return self.thinking if limit is None else max(0, min(self.thinking, limit - length))
 
     async def prompt_logprobs(self, tokens: list[int], top: int) -> list[dict[int, float]]:
         """{token id: logprob} for each token of the prompt but the first: the token itself and the ``top`` best."""

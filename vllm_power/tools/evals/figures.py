@@ -3,7 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,17 @@ class Accuracy:
     low: float
     high: float
     count: int
+
+
+@dataclass(frozen=True)
+class Unanswered:
+    """``count`` of ``of`` questions that got no answer, and why; no accuracy counts them."""
+
+    task: str
+    length: int
+    count: int
+    of: int
+    why: str
 
 
 @dataclass(frozen=True)
@@ -61,6 +72,7 @@ class Figures:
     cells: list[Accuracy]
     perplexities: list[Perplexity]
     agreements: list[Agreement]
+    unanswered: list[Unanswered] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain lists and dicts, for JSON."""
@@ -79,14 +91,16 @@ def figures(items: Iterable[Item], store: Store, folder: Path) -> Figures:
             windows[item.length, item.index][item.task] = result
 
     whole: dict[tuple[str, int], list[float]] = defaultdict(list)
+    missing: dict[tuple[str, int], list[str]] = defaultdict(list)
     cells = []
     for (task, length, depth), results in by_cell.items():
         if not task.startswith(LOGPROBS):
-            scores = [result["score"] for result in results]
+            scores = [result["score"] for result in results if "no_answer" not in result]
             whole[task, length] += scores
-            if depth is not None:
+            missing[task, length] += [result["no_answer"] for result in results if "no_answer" in result]
+            if depth is not None and scores:
                 cells.append(accuracy(task, length, depth, scores))
-    accuracies = [accuracy(task, length, None, scores) for (task, length), scores in whole.items()]
+    accuracies = [accuracy(task, length, None, scores) for (task, length), scores in whole.items() if scores]
     return Figures(
         accuracies=accuracies,
         ruler=ruler_means(accuracies),
@@ -97,7 +111,19 @@ def figures(items: Iterable[Item], store: Store, folder: Path) -> Figures:
             if task == "perplexity"
         ],
         agreements=agreements(windows, folder),
+        unanswered=[
+            Unanswered(
+                task, length, len(reasons), len(reasons) + len(whole[task, length]), most_common(reasons)
+            )
+            for (task, length), reasons in missing.items()
+            if reasons
+        ],
     )
+
+
+def most_common(words: list[str]) -> str:
+    """The word that is there most often."""
+    return max(words, key=words.count)
 
 
 def accuracy(task: str, length: int, depth: float | None, scores: list[float]) -> Accuracy:

@@ -43,7 +43,16 @@ def measured(figures: Figures) -> list[Recorded]:
 
 
 def write(path: Path, model: str, figures: Figures) -> None:
-    """Record the accuracies of a run. Keeps the tolerance of a gate that is there already."""
+    """Record the accuracies of a run. Keeps the tolerance of a gate that is there already.
+
+    Raises EvalError if a question got no answer: what the model recalls is not known then.
+    """
+    if figures.unanswered:
+        missing = sum(row.count for row in figures.unanswered)
+        raise EvalError(
+            f"{path} is not written, for {missing} questions got no answer: raise --thinking, and the server's "
+            "--max-model-len beyond the longest of --lengths"
+        )
     tolerance = read(path).tolerance if path.exists() else DEFAULT_TOLERANCE
     gate = Gate(model=model, tolerance=tolerance, recorded=measured(figures))
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ from typing import Any
 from vllm_power.tools.common.english import english_text
 from vllm_power.tools.evals.endpoint import Endpoint
 from vllm_power.tools.evals.haystack import Haystack
-from vllm_power.tools.evals.items import Item, Result, file_digest
+from vllm_power.tools.evals.items import Item, Result, file_digest, unanswered
 from vllm_power.tools.evals.settings import Settings
 
 FILLER = "Rain falls on the hills. The river runs to the sea. The mill turns in the wind. Then it all begins anew. "
@@ -47,8 +47,10 @@ class Grid:
         async def ask(endpoint: Endpoint) -> Result:
             prompt, opening, expected = self.prompt(length, depth, index)
             answer = await endpoint.answer(
-                prompt + opening if not endpoint.chat else prompt, max_tokens=ANSWER_TOKENS
+                prompt + opening if not endpoint.chat else prompt, max_tokens=ANSWER_TOKENS, length=length
             )
+            if answer.missing:
+                return unanswered(answer, [expected])
             return judged(answer.text, expected, answer.prompt_tokens)
 
         return Item(self.task, length, index, ask, depth, self.identity)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from vllm_power.tools.evals.endpoint import Endpoint
+from vllm_power.tools.evals.endpoint import Answer, Endpoint
 
 Result = dict[str, Any]
 
@@ -39,6 +39,16 @@ class Item:
     def digest(self) -> str:
         """A name for the key, 20 hexadecimal digits."""
         return hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()[:20]
+
+
+def unanswered(answer: Answer, expected: list[str]) -> Result:
+    """The result of a question without an answer. It has no score: nothing was recalled, and nothing wrongly."""
+    return {
+        "no_answer": answer.missing,
+        "answer": "",
+        "expected": expected,
+        "prompt_tokens": answer.prompt_tokens,
+    }
 
 
 def file_digest(data: bytes) -> str:

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from vllm_power.tools.evals.endpoint import Endpoint
-from vllm_power.tools.evals.items import Item, Result, file_digest
+from vllm_power.tools.evals.items import Item, Result, file_digest, unanswered
 from vllm_power.tools.evals.ruler_generators import Documents, chains_fit, maker_of, quiet, set_seed
 from vllm_power.tools.evals.settings import EvalError, Settings
 
@@ -40,9 +40,15 @@ def items(task: str, settings: Settings, tokenizer: Any, chat_tokens: int) -> It
         made = cache(partial(documents, task, settings, tokenizer, length - chat_tokens))
         for index in range(settings.ruler_samples):
 
-            async def ask(endpoint: Endpoint, made: Any = made, index: int = index) -> Result:
+            async def ask(
+                endpoint: Endpoint, made: Any = made, index: int = index, length: int = length
+            ) -> Result:
                 document = made()[index]
-                answer = await endpoint.answer(document["input"], answer_tokens, opening(task, document))
+                answer = await endpoint.answer(
+                    document["input"], answer_tokens, opening(task, document), length
+                )
+                if answer.missing:
+                    return unanswered(answer, document["outputs"])
                 return judged(task, answer.text, document["outputs"], answer.prompt_tokens)
 
             yield Item(task, length, index, ask, identity=identity, prepare=made)

@@ -11,7 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from vllm_power.tools.common.vllm_server import ServerFailed, VllmMissing, last_lines
+from vllm_power.tools.common import failure as failures
+from vllm_power.tools.common.vllm_server import ServerFailed, VllmMissing
 from vllm_power.tools.evals import gate, logprobs, report, ruler, runner, token_passkey
 from vllm_power.tools.evals.endpoint import Endpoint, Model
 from vllm_power.tools.evals.figures import Figures, figures
@@ -54,11 +55,7 @@ def run(job: Job) -> int:
         console.print(f"Failed: {error}.", style="red", markup=False, soft_wrap=True)
         return 2
     except ServerFailed as failure:
-        console.print(
-            f"Failed: {failure}. The end of {failure.log}:", style="red", markup=False, soft_wrap=True
-        )
-        for line in last_lines(failure.log, 25):
-            console.print("  " + line, markup=False, style="dim", soft_wrap=True)
+        failures.show(console, failure)
         return 2
     except KeyboardInterrupt:
         console.print("Interrupted. The same command goes on from here.")
@@ -66,7 +63,10 @@ def run(job: Job) -> int:
 
 
 def evaluate(job: Job) -> int:
-    """Evaluate and return the exit status: 0, or 1 where the gate has fallen. Raises EvalError and ServerFailed."""
+    """Evaluate and return the exit status: 0, 1 if the gate has fallen, 2 if a task got no answer at all.
+
+    Raises EvalError and ServerFailed.
+    """
     recorded = gate.read(job.gate) if job.gate else None
     store = Store(job.folder)
     model, items = measure(job, store, job.target, all_items)
@@ -92,7 +92,9 @@ def evaluate(job: Job) -> int:
         console.print(f"Fallen: {line}", style="red", markup=False, soft_wrap=True)
     if lines == []:
         console.print("The gate holds.", style="green")
-    return 1 if lines else 0
+    if lines:
+        return 1
+    return 2 if any(missing.count == missing.of for missing in found.unanswered) else 0
 
 
 def measure(job: Job, store: Store, target: Target, make: Make) -> tuple[Model, list[Item]]:
@@ -111,7 +113,12 @@ async def ask(job: Job, store: Store, target: Target, url: str, make: Make) -> t
     # A server that we started has one model.
     wanted = job.model if target.url else None
     endpoint = await Endpoint.connect(
-        url, model=wanted, chat=job.settings.chat, timeout=job.timeout, api_key=job.api_key
+        url,
+        model=wanted,
+        chat=job.settings.chat,
+        timeout=job.timeout,
+        api_key=job.api_key,
+        thinking=job.settings.thinking,
     )
     try:
         store.keep_model(target.description, endpoint.model)
@@ -126,6 +133,8 @@ def named(job: Job, target: Target, model: Model, make: Make) -> list[Item]:
     """The items of a target, with what tells them from those of another target."""
     settings = fitting(job.settings, model)
     identity = {"model": model.name, "endpoint": target.description, "chat": settings.chat}
+    if settings.chat:
+        identity["thinking"] = settings.thinking
     items = make(settings, model, job.folder / LOGPROBS_FOLDER)
     return [replace(item, identity=item.identity | identity) for item in items]
 
@@ -195,6 +204,14 @@ def show(found: Figures) -> None:
             at = {point.length: f"{100 * point.accuracy:.1f}" for point in points}
             table.add_row(task, *(at.get(length, "") for length in lengths))
         console.print(table)
+    for missing in found.unanswered:
+        console.print(
+            f"No answer: {missing.count} of {missing.of} to {missing.task} at {missing.length:,} tokens "
+            f"({missing.why}); they count as neither right nor wrong. A reasoning model needs room for its thoughts: "
+            "raise --thinking, and the server's --max-model-len beyond the length",
+            style="yellow",
+            soft_wrap=True,
+        )
     for row in found.perplexities:
         console.print(f"Perplexity at {row.length:,} tokens: {row.perplexity:.3f} ({row.windows} windows)")
     for same in found.agreements:

@@ -52,6 +52,7 @@ class Settings:
     text: Path | None
     qa_data: Path | None
     tokenizer: str | None
+    thinking: int = 0  # tokens for the thoughts of a chat
 
     def __post_init__(self) -> None:
         for task in self.tasks:

@@ -1,6 +1,7 @@
 """Where the models under test answer: at an address, or in a server that is started for the evaluation."""
 
 import json
+import os
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,6 +9,8 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
+from vllm_power.tools.common.cpu_memory import kv_cache_arguments
+from vllm_power.tools.common.first_error import first_error
 from vllm_power.tools.common.progress import Progress
 from vllm_power.tools.common.vllm_server import serve
 from vllm_power.tools.evals.settings import EvalError
@@ -36,7 +39,7 @@ class Target:
     def running(self, console: Console) -> Iterator[str]:
         """The base URL of the OpenAI API, with a server behind it for the length of the block.
 
-        Raises demo.server.ServerFailed where the server does not start.
+        Raises ServerFailed if the server does not start. An EvalError in the block gets the first error of its log.
         """
         if self.url:
             yield self.url
@@ -44,13 +47,22 @@ class Target:
         assert self.serve
         console.print(f"[bold]Server[/bold]  {self.description}", soft_wrap=True)
         env = {"VLLM_NO_USAGE_STATS": "1"}
+        # Not among the target's own arguments: what is free now has nothing to do with the results.
+        room = kv_cache_arguments(self.serve, self.arguments, os.environ)
+        if room:
+            console.print(f"        with {room[0]}: half of the free memory", soft_wrap=True)
         with (
             Progress(console) as progress,
-            serve(self.serve, *self.arguments, env=env, on_wait=progress) as server,
+            serve(self.serve, *self.arguments, *room, env=env, on_wait=progress) as server,
         ):
             progress.stop()
             console.print(f"        ready, its log is {server.log}", soft_wrap=True)
-            yield server.base_url
+            try:
+                yield server.base_url
+            except EvalError as error:
+                if cause := first_error(server.log):
+                    raise EvalError(f"{error}. The server's log ({server.log}) has: {cause}") from error
+                raise
 
 
 def server_arguments(backend: str | None, power: str | None, others: list[str]) -> tuple[str, ...]:

@@ -38,6 +38,15 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- default .Values.model.name .Values.model.servedName -}}
 {{- end -}}
 
+{{/* The secret with the API key: a given one, or the one that this chart makes; empty without a key. */}}
+{{- define "vllm-power.apiKeySecret" -}}
+{{- if .Values.apiKey.existingSecret -}}
+{{- .Values.apiKey.existingSecret -}}
+{{- else if .Values.apiKey.create -}}
+{{- printf "%s-api-key" (include "vllm-power.fullname" .) -}}
+{{- end -}}
+{{- end -}}
+
 {{/* Whether the weights lie on a claim that this chart makes. */}}
 {{- define "vllm-power.makesClaim" -}}
 {{- if and .Values.modelCache.enabled (not .Values.modelCache.existingClaim) -}}true{{- end -}}
@@ -58,6 +67,16 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- if ne .Values.strategy.type "Recreate" -}}
 {{- fail "modelCache.accessModes lets one pod at a time mount the claim, so a rolling update would wait for ever: use ReadWriteMany, or strategy.type Recreate" -}}
 {{- end -}}
+{{- end -}}
+{{- end -}}
+{{- if and .Values.apiKey.create .Values.apiKey.existingSecret -}}
+{{- fail "apiKey.create makes a secret and apiKey.existingSecret names another: give one of the two" -}}
+{{- end -}}
+{{- if and (ne .Values.service.type "ClusterIP") .Values.networkPolicy.enabled -}}
+{{- $blocks := list -}}
+{{- range .Values.networkPolicy.ingressFrom -}}{{- if .ipBlock -}}{{- $blocks = append $blocks .ipBlock -}}{{- end -}}{{- end -}}
+{{- if not $blocks -}}
+{{- fail (printf "service.type is %s, but networkPolicy.ingressFrom lets in pods alone, so clients from outside would wait in vain: add their addresses, as in {ipBlock: {cidr: 203.0.113.0/24}}, or set networkPolicy.enabled to false" .Values.service.type) -}}
 {{- end -}}
 {{- end -}}
 {{- if and .Values.keda.enabled (gt (int .Values.keda.minReplicas) (int .Values.keda.maxReplicas)) -}}

@@ -1,0 +1,1 @@
+"""What the image's programs (`docker/serve.py`, `docker/health.py`) are made of. Standard library only."""
