@@ -92,7 +92,7 @@ def test_a_run(trained: Path, model: Path) -> None:
     assert [row["tokens"] for row in losses] == [TOKENS * step for step in range(1, 11)]
     assert losses[-1]["loss"] < 0.6 * losses[0]["loss"]
     config = json.loads((trained / "config.json").read_text())
-    assert config["power_attention"] == {"pattern": "power", **POWER}
+    assert config["power_attention"].items() >= {"pattern": "power", **POWER}.items()
     assert config["dtype"] == "float32" and config["use_cache"] is True
     assert AutoTokenizer.from_pretrained(trained)("abc") == AutoTokenizer.from_pretrained(model)("abc")
     assert not (trained / "unfinished").exists()
