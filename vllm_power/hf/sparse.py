@@ -1,21 +1,34 @@
 """Attention of whole texts by the training kernels, as an operator that torch.compile and autograd know."""
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from vllm_power.hf.tiles import Lists
 
 
-class Plan(NamedTuple):
-    """The lists of a batch for the layers under the pattern, and for dense ones; None where there are none."""
+@dataclass(frozen=True)
+class Plan:
+    """The lists of a batch for the layers under the pattern, and for dense ones; None where there are none.
+
+    Not a tuple: loaders and trainers take tuples apart and put them together again, each in its own way.
+    """
 
     pattern: Lists
     dense: Lists | None = None
 
     def to(self, device: Any, non_blocking: bool = False) -> "Plan":
         """The same on ``device``."""
-        return Plan(*(part if part is None else part.to(device, non_blocking) for part in self))
+        return self._each(lambda part: part.to(device, non_blocking))
+
+    def pin_memory(self) -> "Plan":
+        """The same in pinned memory."""
+        return self._each(Lists.pin_memory)
+
+    def _each(self, change: Callable[[Lists], Lists]) -> "Plan":
+        return Plan(change(self.pattern), None if self.dense is None else change(self.dense))
 
 
 def attend(
@@ -27,9 +40,8 @@ def attend(
     zeros for padding. Nothing is checked here: the lists say what is read.
     """
     states = (part.transpose(1, 2) for part in (query, key, value))
-    tensors = given.tiles, given.chunks, given.sums, given.entries
     numbers = given.tile, given.parts, given.partial
-    return _attention(*states, *tensors, scale, *numbers)[0]
+    return _attention(*states, *given.tensors, scale, *numbers)[0]
 
 
 @torch.library.custom_op("vllm_power::sparse_attention", mutates_args=())

@@ -21,7 +21,8 @@ Entries are int32 [entries, 2]: the number of a tile, and bits for those read in
 (vllm_power.kernels.training_tiles).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -51,7 +52,8 @@ class Text(NamedTuple):
     dense_to: int = 0
 
 
-class Lists(NamedTuple):
+@dataclass(frozen=True)
+class Lists:
     """What the kernels need to know beside queries, keys and values; see this module's text.
 
     tiles, chunks, sums: int32 [n, 12], entries: int32 [n, 2], each padded so that lengths vary little between batches.
@@ -69,10 +71,21 @@ class Lists(NamedTuple):
     def to(self, device: Any, non_blocking: bool = False) -> "Lists":
         """The same on ``device``: ordinary tensors, also where they are made under ``torch.inference_mode``."""
         with torch.inference_mode(False):
-            moved = [part.to(device, non_blocking=non_blocking) for part in self[:4]]
-            for tensor in moved:  # longer lists are no reason to compile a layer once more
-                torch._dynamo.maybe_mark_dynamic(tensor, 0)
-            return Lists(*moved, *self[4:])
+            moved = self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        for tensor in moved.tensors:  # longer lists are no reason to compile a layer once more
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        return moved
+
+    def pin_memory(self) -> "Lists":
+        """The same in memory that a GPU can copy from while the host goes ahead; PyTorch's loaders call it."""
+        return self._each(torch.Tensor.pin_memory)
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.tiles, self.chunks, self.sums, self.entries
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Lists":
+        return Lists(*map(change, self.tensors), self.tile, self.parts, self.partial)
 
 
 def tile_of(pattern: Pattern, head_size: int, dtype: torch.dtype) -> int:
