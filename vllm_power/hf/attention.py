@@ -189,7 +189,7 @@ def _planned(
 ) -> torch.Tensor:
     """Attention by the lists that came with the batch. Compiled: it must not look at the number of the layer."""
     _check(module, dropout, named)
-    lists = plan.dense if module.power_dense else plan.pattern
+    lists = plan.of_layer(bool(module.power_dense))
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     return sparse.attend(query.to(value.dtype), key.to(value.dtype), value, lists, scale)
 

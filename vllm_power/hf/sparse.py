@@ -27,6 +27,14 @@ class Plan:
         """The same in pinned memory."""
         return self._each(Lists.pin_memory)
 
+    def of_layer(self, dense: bool) -> Lists:
+        """The lists of a layer. Raises ValueError where dense ones were not made."""
+        if not dense:
+            return self.pattern
+        if self.dense is None:
+            raise ValueError("power_plan has no lists for dense layers, and the model has some")
+        return self.dense
+
     def _each(self, change: Callable[[Lists], Lists]) -> "Plan":
         return Plan(change(self.pattern), None if self.dense is None else change(self.dense))
 
@@ -158,9 +166,11 @@ def _results(query: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, to
     return query.new_empty((rows, tokens, heads, value.shape[3])), log_sums
 
 
-def _shaped(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _shaped(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """New contiguous tensors of the same shapes."""
-    return tuple(tensor.new_empty(tensor.shape) for tensor in tensors)
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
 def _dense_heads(tensor: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,7 @@ Entries are int32 [entries, 2]: the number of a tile, and bits for those read in
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -85,7 +85,8 @@ class Lists:
         return self.tiles, self.chunks, self.sums, self.entries
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Lists":
-        return Lists(*map(change, self.tensors), self.tile, self.parts, self.partial)
+        tiles, chunks, sums, entries = map(change, self.tensors)
+        return replace(self, tiles=tiles, chunks=chunks, sums=sums, entries=entries)
 
 
 def tile_of(pattern: Pattern, head_size: int, dtype: torch.dtype) -> int:

@@ -42,7 +42,10 @@ def perplexities(
     rows = []
     for length, given in windows.items():
         row = {**about, "length": length, "windows": len(given)}
-        for name, under in (("dense", PatternOptions(pattern="full")), ("power", options)):
+        for name, under in (
+            ("dense", PatternOptions.model_validate({"pattern": "full"})),
+            ("power", options),
+        ):
             planner = _under(loaded, under, state)
             row[name] = math.exp(_loss(loaded, planner, given, state))
             if hider is not None:
