@@ -11,7 +11,7 @@ from vllm_power.hf.tiles import Lists
 
 @dataclass(frozen=True)
 class Plan:
-    """The lists of a batch for the layers under the pattern, and for dense ones; None where there are none.
+    """The lists of a batch for the layers under the pattern, and for dense ones; None if there are none.
 
     Not a tuple: loaders and trainers take tuples apart and put them together again, each in its own way.
     """
@@ -28,7 +28,7 @@ class Plan:
         return self._each(Lists.pin_memory)
 
     def of_layer(self, dense: bool) -> Lists:
-        """The lists of a layer. Raises ValueError where dense ones were not made."""
+        """The lists of a layer. Raises ValueError if dense ones were not made."""
         if not dense:
             return self.pattern
         if self.dense is None:

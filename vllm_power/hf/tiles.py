@@ -36,8 +36,8 @@ NOTHING, TEXT, PADDING = range(3)
 
 WIDEST_HEAD = 256
 
-# Readers of a key tile are shared out between programs where there are more than so many times the mean, and more than
-# this many.
+# Readers of a key tile are divided among programs if they are more than this multiple of the mean, and more than this
+# number.
 TIMES_MEAN = 4
 MANY_READERS = 16
 
@@ -54,7 +54,7 @@ class Text(NamedTuple):
 
 @dataclass(frozen=True)
 class Lists:
-    """What the kernels need to know beside queries, keys and values; see this module's text.
+    """What the kernels need to know in addition to queries, keys and values; see this module's text.
 
     tiles, chunks, sums: int32 [n, 12], entries: int32 [n, 2], each padded so that lengths vary little between batches.
     tile: tokens of a tile; parts: blocks in it, at least 1; partial: whether some tile is read in part.
@@ -321,6 +321,6 @@ def _padded(records: np.ndarray) -> torch.Tensor:
     """As many records as there is room for; the new ones say nothing."""
     room = np.zeros(
         (max(2, _room(len(records))), records.shape[1]), np.int32
-    )  # PyTorch compiles 0 and 1 anew
+    )  # PyTorch compiles 0 and 1 separately
     room[: len(records)] = records
     return torch.from_numpy(room)

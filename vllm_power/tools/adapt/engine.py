@@ -1,4 +1,4 @@
-"""A transformers model made fast to train: layers compiled one by one, lists in place of masks, a loss without logits.
+"""A transformers model made fast to train: layers compiled one by one, lists instead of masks, a loss without logits.
 
 Nothing here waits for the device: what the kernels need to know of a batch is made on the host, from the batch, and
 travels with it (:class:`Planner`).
@@ -107,8 +107,8 @@ def speed_up(
 ) -> None:
     """Let ``model`` give its loss without logits in training, and take a Plan as ``power_plan``; in place.
 
-    dtype: what is computed in; under autocast weights may be in another one, and what layers hand on is not. teacher:
-    what gives the hidden states and the head's weight of the model whose predictions are learnt, from the same
+    dtype: what is computed in, and what layers pass to each other; under autocast, weights may be in another one.
+    teacher: what gives the hidden states and the head's weight of the model whose predictions are learnt, from the same
     arguments; ``share`` as in ``linear_loss``.
     """
     mark_dense(model, options.dense_layer_indices(model.config.get_text_config().num_hidden_layers))

@@ -32,8 +32,8 @@ def perplexities(
     """A row for each length: ``about``, and the perplexity of the stored model with and without the pattern.
 
     windows: {length: int64 [windows, length]}. The processes share the windows; each holds the whole model.
-    hider: hides facts in the windows; rows then have ``asked``, and ``recall_dense`` and ``recall_power``, how many of
-    so many answers were right in every token.
+    hider: hides facts in the windows; rows then have ``asked``, and ``recall_dense`` and ``recall_power``, the number
+    of answers that were right in every token.
     """
     release_memory()  # of what was loaded before
     with patch_environment(ACCELERATE_USE_FSDP="false"):  # it would give weights to one process alone

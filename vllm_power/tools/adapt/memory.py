@@ -20,8 +20,8 @@ def plan_memory(
 ) -> tuple[int, bool]:
     """(rows at once, which divide ``rows``; whether to checkpoint gradients), for all processes the same.
 
-    loss_of: the loss of so many rows of ``length`` tokens, ready for ``backward``. Elsewhere than on a GPU: one row,
-    with checkpoints. Raises ValueError where not even that fits.
+    loss_of: the loss of a number of rows of ``length`` tokens, ready for ``backward``. Without a GPU: one row, with
+    checkpoints. Raises ValueError if not even that fits.
     """
     if device.type != "cuda":
         return 1, True
@@ -46,7 +46,7 @@ def plan_memory(
 
 
 def _bytes_of_a_row(model: Any, loss_of: Callable[[int], torch.Tensor]) -> int | None:
-    """What a row takes beside weights and their gradients, at its highest; None where it does not fit."""
+    """What a row takes in addition to weights and their gradients, at its highest; None if it does not fit."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

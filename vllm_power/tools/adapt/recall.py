@@ -120,7 +120,7 @@ class Hider:
         self.kinds = kinds
 
     def hide(self, text: np.ndarray, draw: Random, passages: bool = True) -> Sequence | None:
-        """``text``: int64 [length], whose first token stays first. None where it is too short for a fact."""
+        """``text``: int64 [length], whose first token stays first. None if it is too short for a fact."""
         if passages and draw.random() < 1 / (1 + len(self.kinds)):
             return self._passage(text, draw)
         names, values, fact, question = self.kinds[int(draw.integers(len(self.kinds)))]

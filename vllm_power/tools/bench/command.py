@@ -75,7 +75,7 @@ def kernels_command(
 @bench.command("training")
 def training_command(
     rows: Annotated[int, typer.Option(min=1, help="Rows of 8,192 tokens per micro-batch.")] = 8,
-    folder: Annotated[Path, typer.Option(help="Where adapted.jsonl is.")] = Path("docs/results"),
+    folder: Annotated[Path, typer.Option(help="Append the rows to adapted.jsonl in this folder.")] = RESULTS,
 ) -> None:
     """Measure training on a GPU, attention alone and whole steps, against other kernels; append to adapted.jsonl."""
     need_gpu("bench training")

@@ -1,7 +1,7 @@
 """Training on a GPU: attention forward and backward against its peers, and whole steps, in one run.
 
 The model is of SmolLM2-135M's shape with random weights: speed does not depend on them. Its rows have 8,192 tokens and
-the pattern's blocks 64, so 128 blocks a row as in the paper's setting of 32K in blocks of 256.
+the pattern's blocks 64, so 128 blocks per row as in the paper's setting of 32K in blocks of 256.
 """
 
 from collections.abc import Callable
