@@ -24,6 +24,7 @@ from vllm_power.tools.common.english import english_text
 
 TASKS = ("noise", "text", "lookalikes", "pairs")
 ANSWER_TOKENS = 16  # room for an answer: a space, seven digits and a full stop in any tokenizer
+LEAST_IN_MEAN = 0.1  # a task of which the dense model answers less is not in a mean
 LOOKALIKES = 4
 SHORTEST_PAIR = 8  # tokens
 LONGEST_TEXT = 8_000_000  # characters of the text that are used
@@ -39,17 +40,19 @@ QUESTION = (
     "The special magic number for {name} mentioned in the provided text is"
 )
 
-ADJECTIVES = (
-    "amber brave calm clever cold curious eager faint fierce gentle golden grand hollow humble idle keen lively "
-    "lucky mellow modest narrow noble odd pale plain proud quick quiet rapid rare rough secret sharp shy silent "
-    "sleepy slow small solid steady stern strange sunny tall tender thin tidy vast warm wild"
-).split()
-NOUNS = (
-    "anchor apple arrow basket beacon bridge canyon castle cellar clock cloud comet copper desert door engine "
-    "feather ferry fiddle forest garden glacier hammer harbor island jacket kettle ladder lantern lemon marble "
-    "meadow mirror needle orchard paddle pebble pepper piano pillow planet pocket river rocket saddle shadow "
-    "spoon tunnel violin window"
-).split()
+_ADJECTIVES = """
+amber brave calm clever cold curious eager faint fierce gentle golden grand hollow humble idle keen lively
+lucky mellow modest narrow noble odd pale plain proud quick quiet rapid rare rough secret sharp shy silent
+sleepy slow small solid steady stern strange sunny tall tender thin tidy vast warm wild
+"""
+_NOUNS = """
+anchor apple arrow basket beacon bridge canyon castle cellar clock cloud comet copper desert door engine
+feather ferry fiddle forest garden glacier hammer harbor island jacket kettle ladder lantern lemon marble
+meadow mirror needle orchard paddle pebble pepper piano pillow planet pocket river rocket saddle shadow
+spoon tunnel violin window
+"""
+
+ADJECTIVES, NOUNS = _ADJECTIVES.split(), _NOUNS.split()
 
 SENTENCE_END = re.compile(r"(?<=[.!?])(?=\s)")
 LONGEST_PIECE = 400  # characters: a needle goes between pieces, so they stay short

@@ -10,8 +10,7 @@ from rich.table import Table
 
 from vllm_power.tools.common.intervals import wilson
 from vllm_power.tools.common.plots import pyplot, save
-
-LEAST = 0.1  # a task that the dense model answers less often than this is not in the mean
+from vllm_power.tools.common.recall import LEAST_IN_MEAN
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Measured:
 
 def in_mean(measured: list[Measured]) -> list[str]:
     """The tasks of the mean: those that the dense model, or without it the first setting, can do at all."""
-    able = [task for task in measured[0].right if measured[0].share([task]) >= LEAST]
+    able = [task for task in measured[0].right if measured[0].share([task]) >= LEAST_IN_MEAN]
     return able or list(measured[0].right)
 
 
@@ -42,7 +41,11 @@ def show(console: Console, model: str, context: int, measured: list[Measured]) -
     """Print a row per task and setting, and one per setting for the mean."""
     table = Table(title=f"{model}, {context:,} tokens: exact answers, 95% interval, share of dense")
     for heading in ("task", "setting", "correct", "share", "interval", "of dense"):
-        table.add_column(heading, justify="left" if heading in ("task", "setting") else "right")
+        table.add_column(
+            heading,
+            justify="left" if heading in ("task", "setting") else "right",
+            no_wrap=heading == "interval",
+        )
     able = in_mean(measured)
     dense = measured[0] if measured[0].mode == "dense" else None
     groups = [(task, [task]) for task in measured[0].right]
@@ -58,7 +61,7 @@ def show(console: Console, model: str, context: int, measured: list[Measured]) -
                 setting.label,
                 f"{correct}/{total}",
                 f"{correct / total:.3f}",
-                f"{low:.3f} to {high:.3f}",
+                f"{low:.2f} to {high:.2f}",
                 f"{correct / total / reference:.1%}" if reference else "",
                 end_section=setting is measured[-1],
             )

@@ -43,9 +43,7 @@ def run(
     console = Console()
     settings = _settings(power, dense)
     if unknown := set(tasks) - set(TASKS):
-        raise ValueError(
-            f"there is no task {', '.join(sorted(unknown))}; the tasks are {', '.join(TASKS)}"
-        )
+        raise ValueError(f"there is no task {', '.join(sorted(unknown))}; the tasks are {', '.join(TASKS)}")
     folder.mkdir(parents=True, exist_ok=True)
     job = {
         "model": model,
@@ -63,7 +61,9 @@ def run(
         for label, options_given in settings:
             line = progress.add_task(label, total=len(tasks) * n)
             last: dict[str, Any] = {}
-            for last in rows_of(__package__ + ".engine", {**job, "power": options_given}, folder / "log", ENVIRONMENT):
+            for last in rows_of(
+                __package__ + ".engine", {**job, "power": options_given}, folder / "log", ENVIRONMENT
+            ):
                 progress.update(line, completed=last.get("done", len(tasks) * n))
             measured = report.Measured(label, last["mode"], last["options"], last["right"])
             found.append(measured)
