@@ -117,7 +117,18 @@ def test_what_is_printed_can_be_served(planted: Callable[..., Path], text: Path,
     use_power(model, {**PATTERN, "dense_layers": [0]})
     model.save_pretrained(tmp_path / "trained")
     AutoTokenizer.from_pretrained(planted((3,))).save_pretrained(tmp_path / "trained")
-    words = ["calibrate", str(tmp_path / "trained"), "--objective", "divergence", "--budget", "1", "--text", str(text), "--tokens", "300"]
+    words = [
+        "calibrate",
+        str(tmp_path / "trained"),
+        "--objective",
+        "divergence",
+        "--budget",
+        "1",
+        "--text",
+        str(text),
+        "--tokens",
+        "300",
+    ]
     done = CliRunner().invoke(app, [*words, "--device", "cpu", "--folder", str(tmp_path / "out")])
     assert done.exit_code == 0, done.output
     line = re.search(r"--additional-config '(.*)'", done.output)
