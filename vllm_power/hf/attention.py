@@ -17,6 +17,9 @@ over the visible blocks (segments.py).
 To find the texts, a Batch has to read the mask, or the positions, back from the device. A training loop that knows its
 texts gives the model ``power_plan`` beside its inputs, a sparse.Plan: then nothing is read back, and layers can be
 compiled whole.
+
+With ``dense_tail`` or ``decode: "dense"``, which rows see everything depends on where each prompt ends: give the model
+``power_prompt_tokens``, one number per text (dense_rows.py).
 """
 
 from collections.abc import Callable, Mapping
@@ -29,7 +32,7 @@ from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, flex_attention_mask, sdpa_mask
 
-from vllm_power.hf import documents, layers, sparse
+from vllm_power.hf import dense_rows, documents, layers, sparse
 from vllm_power.hf.batch import Batch
 from vllm_power.options import PatternOptions
 
@@ -129,6 +132,7 @@ def power_mask(
         documents.of_labels(documents.labels(told_apart, attention_mask, batch_size, kv_length)),
         q_length,
         kv_length,
+        found.rows,
     )
 
 
@@ -174,7 +178,17 @@ def power_attention(
     # Under autocast, rotary embeddings leave queries and keys in float32 beside values in the lower precision.
     query, key = query.to(value.dtype), key.to(value.dtype)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    return batch.attend(layer, query, key, value, scale).transpose(1, 2).contiguous(), None
+    output = batch.attend(layer, query, key, value, scale)
+    if batch.rule.has_dense_rows and layer not in batch.dense_layers:
+        prompts = named.get("power_prompt_tokens")
+        if prompts is None:
+            _refuse(
+                "dense_tail and decode need the length of each prompt",
+                "Give the model power_prompt_tokens, one number per text (vllm_power.hf.dense_rows.prompt_tokens "
+                "reads them from labels).",
+            )
+        output = dense_rows.replaced(output, query, key, value, batch.rows, prompts, batch.rule, scale)
+    return output.transpose(1, 2).contiguous(), None
 
 
 def _planned(

@@ -4,7 +4,7 @@ import torch
 
 from vllm_power.hf import documents, segments, sparse, tiles
 from vllm_power.hf.documents import Row
-from vllm_power.pattern import Pattern, preset
+from vllm_power.pattern import PATTERN_ROWS, Pattern, RowRule, preset
 
 FEW_QUERIES = 32  # fewer than this leave a tile of the kernels mostly empty
 
@@ -13,6 +13,7 @@ class Batch:
     """pattern: of the layers that are not dense. dense_layers: indices of those that are.
 
     rows: the documents of each row, in keys. num_queries: the new tokens, the last ones of the ``num_keys`` tokens.
+    rule: which of a document's tokens see everything; ``attention.power_attention`` replaces them.
     """
 
     def __init__(
@@ -22,6 +23,7 @@ class Batch:
         rows: tuple[Row, ...],
         num_queries: int,
         num_keys: int,
+        rule: RowRule = PATTERN_ROWS,
     ) -> None:
         self.pattern = pattern
         self.dense = preset("full", block_size=pattern.block_size)
@@ -29,6 +31,7 @@ class Batch:
         self.rows = rows
         self.num_queries = num_queries
         self.num_keys = num_keys
+        self.rule = rule
         # On a CPU, rows with the same texts are computed at once.
         same = len(set(rows)) == 1
         self._groups = (
@@ -59,7 +62,7 @@ class Batch:
 
     def with_dense(self, dense_layers: frozenset[int]) -> "Batch":
         """The same texts with other dense layers."""
-        return Batch(self.pattern, dense_layers, self.rows, self.num_queries, self.num_keys)
+        return Batch(self.pattern, dense_layers, self.rows, self.num_queries, self.num_keys, self.rule)
 
     def packed(self, cumulative: torch.Tensor) -> "Batch":
         """The same tokens as the texts that ``cu_seq_lens_q`` tells apart. Raises ValueError where it does not fit."""
@@ -67,7 +70,7 @@ class Batch:
             if len(self.rows) != 1 or self.num_queries != self.num_keys:
                 raise ValueError("cu_seq_lens_q is for packed texts in one row, without a cache")
             rows = documents.of_lengths(cumulative, self.num_keys)
-            size = self.num_queries, self.num_keys
+            size = self.num_queries, self.num_keys, self.rule
             batch = self if rows == self.rows else Batch(self.pattern, self.dense_layers, rows, *size)
             self._packed = cumulative, batch
         return self._packed[1]
