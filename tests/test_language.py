@@ -83,6 +83,7 @@ NOT_YET: tuple[str, ...] = (
     "vllm_power/tools/adapt/run.py",
     "vllm_power/tools/adapt/settings.py",
     "vllm_power/tools/adapt/train.py",
+    "vllm_power/tools/bench/engine.py",
     "vllm_power/tools/calibrate/choose.py",
     "vllm_power/tools/calibrate/report.py",
     "vllm_power/tools/calibrate/run.py",
