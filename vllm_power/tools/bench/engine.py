@@ -48,7 +48,7 @@ IMPLS: dict[str, dict[str, Any]] = {
         "attention_backend": "power",
         "additional_config": {"power": {"mode": "trained", "reclaim": False}},
     },
-    # Dense rows, and no dense layer: what the row rule costs by itself.
+    # Dense rows but no dense layers: the cost of the row rule alone.
     "training_free_all_sparse": {
         "attention_backend": "power",
         "additional_config": {"power": {"mode": "training_free", "dense_layers": []}},
