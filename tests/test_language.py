@@ -28,7 +28,7 @@ SLIPS = {
     r"\b(none|null|0) where (it|there|that|its|no)\b": "None if",
     r"\b(once|twice|times|ms|us|seconds|microseconds|tokens|blocks|bytes|keys|tiles|programs|rows|nats) an? "
     r"(step|query|token|second|layer|row|request|block|segment|head|tile|program|launch|sequence|thread)\b"
-    r"(?! (sees|reads|can|has|needs|holds))": "per",
+    r"(?! (block )?(sees|reads|can|has|needs|holds))": "per",
     r"\d %(?! \w+\))": "%, without a space",
 }
 TEXT = (".md", ".html", ".j2", ".yaml", ".yml", ".toml", ".sh", "Makefile", "Dockerfile", "Dockerfile.cpu")
@@ -41,7 +41,6 @@ NOT_YET: tuple[str, ...] = (
     "docker/health.py",
     "docker/prometheus/rules/alerts.yml",
     "docker/serve.py",
-    "docs/architecture.md",
     "docs/errors.md",
     "docs/monitoring.md",
     "kernels/decode.py",
