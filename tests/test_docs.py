@@ -107,6 +107,14 @@ def test_named_paths_exist(page):
             assert (ROOT / code).exists(), code
 
 
+def test_the_hooks_of_the_architecture_page_are_where_it_says():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    hooks = re.findall(r"^\| `\w+\.(\w+)` \| [\w ]+ \| `([\w/.]+)`", page, flags=re.M)
+    assert len(hooks) >= 10
+    for method, file in hooks:
+        assert f"def {method}(" in (ROOT / file).read_text(), f"{method} in {file}"
+
+
 def fixed_words(node: ast.expr) -> list[str]:
     """The constant parts of a message in the code."""
     match node:

@@ -48,12 +48,12 @@ def serve_command(
 
 @bench.command("turns")
 def turns_command(
-    impls: Annotated[str, typer.Option(help="What to compare with dense attention, separated by commas.")] = (
+    impls: Annotated[str, typer.Option(help="Implementations to compare, separated by commas.")] = (
         "training_free_all_sparse,training_free,power"
     ),
     folder: Annotated[Path, typer.Option(help="Append the rows to turns.jsonl in this folder.")] = RESULTS,
 ) -> None:
-    """Compare each mode with vLLM's FlashAttention backend, both on one GPU in turns."""
+    """Compare each mode with vLLM's FlashAttention backend, in alternation on one GPU."""
     need_gpu("bench turns")
     from vllm_power.tools.bench.turns import main
 

@@ -48,7 +48,7 @@ IMPLS: dict[str, dict[str, Any]] = {
         "attention_backend": "power",
         "additional_config": {"power": {"mode": "trained", "reclaim": False}},
     },
-    # Dense rows, and no dense layer: what the row rule costs by itself.
+    # Dense rows but no dense layers: the cost of the row rule alone.
     "training_free_all_sparse": {
         "attention_backend": "power",
         "additional_config": {"power": {"mode": "training_free", "dense_layers": []}},
@@ -109,7 +109,7 @@ def add_requests(llm_engine: Any, count: int, prompt: int, new_tokens: int) -> N
 def run_apart(module: str, *arguments: Any) -> Iterator[Row]:
     """Run ``module``, which calls :func:`answer`, in its own process and yield its rows as they arrive.
 
-    Raises CalledProcessError if the process fails; its stderr is the first error's sentence, "" if it is not known.
+    Raises CalledProcessError if the process fails; its ``stderr`` is the first error's sentence, or "".
     Closing the generator ends the process.
     """
     # -P: folders of the current directory must not shadow packages, as kernels/ would for transformers.
@@ -135,7 +135,7 @@ def run_apart(module: str, *arguments: Any) -> Iterator[Row]:
                 say(line.rstrip()[:300])
                 yield json.loads(line)
         if child.wait():
-            reader.join(5)  # not for ever: what the process left behind may hold its stderr open
+            reader.join(5)  # bounded, because the child's own children may keep its stderr open
             raise subprocess.CalledProcessError(child.returncode, command[:-1], stderr=error.sentence or "")
     finally:
         stop(child, grace=20)
@@ -144,7 +144,7 @@ def run_apart(module: str, *arguments: Any) -> Iterator[Row]:
 
 
 def _pass_on(lines: TextIO, error: FirstError) -> None:
-    """Print a process's stderr as ours, and find the first error in it."""
+    """Copy a process's stderr to ours and find the first error in it."""
     for line in lines:
         sys.stderr.write(line)
         error.feed(line)

@@ -82,13 +82,13 @@ def triton_dense(work: Work, layer: int) -> Call:
     from vllm.v1.attention.ops.triton_unified_attention import unified_attention
 
     key_cache, value_cache = split_cache(work.caches[layer])
-    pieces, most = 16, 128 // work.shape.kv_heads
+    num_splits, most = 16, 128 // work.shape.kv_heads
     options = {}
     if work.new == 1 and work.batch <= most:
-        parts = torch.empty(most, work.shape.heads, pieces, work.shape.head_size, device="cuda")
+        parts = torch.empty(most, work.shape.heads, num_splits, work.shape.head_size, device="cuda")
         options = {
             "seq_threshold_3D": most,
-            "num_par_softmax_segments": pieces,
+            "num_par_softmax_segments": num_splits,
             "softmax_segm_output": parts,
             "softmax_segm_max": torch.empty_like(parts[..., 0]).contiguous(),
             "softmax_segm_expsum": torch.empty_like(parts[..., 0]).contiguous(),

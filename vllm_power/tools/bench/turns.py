@@ -1,7 +1,7 @@
-"""``vllm-power bench turns``: two engines on one GPU take turns, so that heat, clocks and the host affect both equally.
+"""``vllm-power bench turns``: two engines alternate on one GPU, so that heat, clocks and the host affect both equally.
 
-``bench serve`` measures one backend after the other; differences of a few percent need this. Each pair is a backend
-under test and vLLM's FlashAttention, each in its own process with half of the GPU's memory.
+``bench serve`` measures one backend after the other, which is too coarse for differences of a few percent. Each pair is
+a backend under test and vLLM's FlashAttention, each in its own process with half of the GPU's memory.
 """
 
 import json
@@ -22,13 +22,13 @@ COMPARED = ("training_free_all_sparse", "training_free", "power")
 PROMPTS = (512, 768, 1_024, 1_536, 2_048, 4_096, 8_192, 32_768, 131_072)
 DECODES = ((1, 512), (1, 8_192), (1, 131_072), (8, 32_768), (32, 1_024), (32, 8_192))
 NEW_TOKENS = 32
-# Prompts per turn and turns: short prompts vary more.
+# Turns, and prompts per turn.
 TURNS, PER_TURN = 4, 10
 LONG = 32_768  # from here on, one prompt per turn
 
 
 class Side:
-    """One engine in its own process: ``ask`` starts a measurement, ``times`` waits for its milliseconds."""
+    """An engine in its own process: ``ask`` starts a measurement, ``times`` waits for its result in ms."""
 
     def __init__(self, impl: str, max_model_len: int, memory: float) -> None:
         command = [sys.executable, "-P", "-m", __name__, json.dumps([impl, max_model_len, memory])]
@@ -59,7 +59,7 @@ class Side:
 
 
 def main(impls: tuple[str, ...] = COMPARED, folder: Path = results.FOLDER) -> int:
-    """Measure each of ``impls`` in turns with dense attention, append rows to ``folder``/turns.jsonl, print ratios.
+    """Measure each of ``impls`` in alternation with dense attention, append rows to turns.jsonl, print the ratios.
 
     Returns 0, or the status of a failed process.
     """
@@ -121,7 +121,7 @@ def _measure(
 
 
 def _serve(impl: str, max_model_len: int, memory: float) -> None:
-    """The child's side: measure what the lines of stdin ask for."""
+    """The child's side: run the measurements that the lines of stdin request."""
     settings = {
         "max_model_len": max_model_len,
         "max_num_batched_tokens": CHUNK,

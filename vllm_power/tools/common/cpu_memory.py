@@ -1,7 +1,7 @@
 """A KV cache that fits a machine without a GPU.
 
-By default vLLM wants 92 % of the machine's memory on a CPU, and does not start if less is free. Standard library only:
-the image's start script uses it too.
+By default vLLM requires 92% of the machine's memory on a CPU and does not start if less is free. Standard library only,
+because the image's start script uses this module as well.
 """
 
 import re
@@ -47,7 +47,7 @@ def serves_on_cpu() -> bool:
 
 
 def free_bytes(system: Path = Path("/")) -> int | None:
-    """Return the memory that a new process can have, within the container's limit; None if it is not known.
+    """Return the memory available to a new process, within the container's limit; None if it is not known.
 
     Of several NUMA nodes, the smallest counts: vLLM takes the cache from the node that it runs on.
     """

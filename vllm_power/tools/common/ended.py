@@ -1,4 +1,4 @@
-"""How a process ended, in words: a signal is named as such."""
+"""How a process ended, in words, with the names of signals."""
 
 import signal
 

@@ -7,7 +7,7 @@ from vllm_power.tools.common.vllm_server import ServerFailed, last_lines
 
 
 def show(console: Console, failure: ServerFailed) -> None:
-    """Print the failure. If its log has no error that can be told from the rest, print the log's end."""
+    """Print the failure. If no error is found in its log, print the end of the log."""
 
     def say(line: str, style: str | None = None) -> None:
         console.print(line, style=style, markup=False, soft_wrap=True)

@@ -1,7 +1,8 @@
 """Find the first error in vLLM's log.
 
 vLLM runs in several processes. The one that ends last says only "Engine core initialization failed. See root cause
-above", hundreds of lines below the cause. Standard library only: the image's start script uses it too.
+above", hundreds of lines below the cause. Standard library only, because the image's start script uses this module as
+well.
 """
 
 import re
@@ -29,7 +30,7 @@ class FirstError:
 
     def __init__(self) -> None:
         self._lines: list[str] = []
-        self._open = False  # whether the error may go on in the next line
+        self._open = False  # whether the error may continue on the next line
         self._secondary: str | None = None
 
     def feed(self, line: str) -> None:
@@ -75,7 +76,7 @@ class FirstError:
 
 
 def first_error(log: Path) -> str | None:
-    """Return what the first error in a log says, None if it has none."""
+    """Return the sentence of the first error in a log; None if there is none."""
     found = FirstError()
     with log.open(errors="replace") as lines:
         for line in lines:
@@ -84,7 +85,7 @@ def first_error(log: Path) -> str | None:
 
 
 def _of_processes(text: str) -> str:
-    """What vLLM's last error tells: its own text, or the signals that ended its processes."""
+    """The content of vLLM's last error: its own text, or the signals that ended its processes."""
     listed = CORE_PROCESSES.search(text)
     killed = [
         f"vLLM's process {process['name']} {ended(status)}" + (OUT_OF_MEMORY if status == -9 else "")

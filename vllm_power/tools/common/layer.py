@@ -115,7 +115,7 @@ class Layer:
 
 
 def request_amx() -> None:
-    """Ask the kernel for the AMX tiles of an Intel CPU, once per process before vLLM's C++ attention runs.
+    """Request an Intel CPU's AMX tiles from the kernel, once per process and before vLLM's C++ attention runs.
 
     vLLM's worker does this when it starts. Without it the first tile instruction ends the process with SIGILL.
     Raises RuntimeError if the kernel refuses.

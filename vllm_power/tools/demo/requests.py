@@ -51,7 +51,7 @@ def answers(server: Server, model: str, long_tokens: int) -> Iterator[Answer]:
 
 
 def said(message: Any) -> str:
-    """What a chat's message says; of a reasoning model that was cut off in its thoughts, these."""
+    """The text of a chat message; if a reasoning model was cut off, its thoughts."""
     thoughts = getattr(message, "reasoning", None) or getattr(message, "reasoning_content", None) or ""
     return str(message.content or thoughts)
 
