@@ -355,3 +355,15 @@ def test_a_run_by_lists(
     run(short, tmp_path / "lists")
     ours, theirs = ([row["loss"] for row in rows_of(tmp_path / at, report.LOSS)] for at in ("lists", "masks"))
     assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_rows_that_see_everything(settings: Callable[..., Settings], tmp_path: Path) -> None:
+    """The row rule counts in training and evaluation: only what answers a question of --recall sees everything."""
+    rule = {**POWER, "dense_tail": 8, "decode": "dense"}
+    named = {"stages": (Stage(128, 2, in_steps=True),), "recall": 1.0}
+    run(settings(power=rule, **named), tmp_path / "rule")
+    run(settings(**named), tmp_path / "plain")
+    ours, theirs = (rows_of(tmp_path / at, report.PERPLEXITY)[0] for at in ("rule", "plain"))
+    assert ours["power"] == theirs["power"]  # plain text has no prompt
+    losses = [rows_of(tmp_path / at, report.LOSS)[0]["loss"] for at in ("rule", "plain")]
+    assert losses[0] != losses[1]

@@ -71,7 +71,7 @@ def test_a_compiled_step_is_the_same_step(model: Path) -> None:
             {"input_ids": tokens[row], "position_ids": positions[row], "labels": labels[row]}
             for row in range(2)
         ]
-        batch = Collator(planner)(rows)
+        batch = Collator(planner, OPTIONS)(rows)
         loaded.config.use_cache = False
         loss = loaded(**{name: part.to(device) for name, part in batch.items()}).loss
         loss.backward()

@@ -94,7 +94,7 @@ def test_plans_come_whole_through_workers() -> None:
     config = SimpleNamespace(hidden_size=32, num_attention_heads=2, num_hidden_layers=2)
     config.get_text_config = lambda: config
     options = PatternOptions(block_size=16, dense_layers=[1])
-    collate = Collator(Planner(config, options, torch.bfloat16))
+    collate = Collator(Planner(config, options, torch.bfloat16), options)
     loader = DataLoader(rows, batch_size=2, collate_fn=collate, num_workers=1, prefetch_factor=2)
     batches = list(Accelerator(cpu=True).prepare(loader))
     assert len(batches) == len(rows) // 2

@@ -6,7 +6,7 @@ travels with it (:class:`Planner`).
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from vllm_power.hf import layers, tiles
 from vllm_power.hf.attention import use_power
 from vllm_power.hf.sparse import Plan
 from vllm_power.options import PatternOptions
-from vllm_power.pattern import preset
+from vllm_power.pattern import ENDLESS, preset
 from vllm_power.tools.adapt.linear_loss import linear_loss
 
 # What some models do to their logits before the loss; the loss here does not.
@@ -67,13 +67,9 @@ class Planner:
         """
         rows, length = position_ids.shape
         texts = []
-        for row, positions in enumerate(position_ids.numpy()):
-            breaks = np.flatnonzero(np.diff(positions) != 1) + 1
-            starts = [0, *breaks.tolist(), length]
-            for start, end in itertools.pairwise(starts):
-                prompt = 0 if prompts is None else int(prompts[row, start])
-                dense = self.rows.dense_rows(prompt) if prompt and self.rows.has_dense_rows else (0, 0)
-                texts.append(tiles.Text(row, start, end, dense[0], min(dense[1], end - start)))
+        for (row, start, end), prompt in texts_of(position_ids, prompts):
+            dense = self.rows.dense_rows(prompt) if prompt and self.rows.has_dense_rows else (0, 0)
+            texts.append(tiles.Text(row, start, end, dense[0], min(dense[1], end - start)))
         whole = [text._replace(dense_from=0, dense_to=0) for text in texts]
         return Plan(
             tiles.lists(self.pattern, texts, rows, length, self.tiles[0]),
@@ -81,20 +77,42 @@ class Planner:
         )
 
 
-class Collator:
-    """Rows of a batch together, with their plan where there is a planner."""
+def texts_of(
+    position_ids: torch.Tensor, prompts: torch.Tensor | None = None
+) -> Iterator[tuple[tuple[int, int, int], int]]:
+    """(row, start, end) of each text, and its prompt's length, 0 for none. Both tensors as a Planner takes them."""
+    for row, positions in enumerate(position_ids.numpy()):
+        breaks = np.flatnonzero(np.diff(positions) != 1) + 1
+        for start, end in itertools.pairwise([0, *breaks.tolist(), len(positions)]):
+            yield (row, start, end), 0 if prompts is None else int(prompts[row, start])
 
-    def __init__(self, planner: Planner | None) -> None:
+
+def prompt_tokens(options: PatternOptions, prompts: Iterable[int]) -> dict[str, Any]:
+    """What a model without a plan is given if some rows see everything. prompts: of each text, 0 for none.
+
+    A text without a prompt is one whose prompt never ends: none of its rows sees everything.
+    """
+    if not options.rows.has_dense_rows:
+        return {}
+    return {"power_prompt_tokens": [prompt or ENDLESS for prompt in prompts]}
+
+
+class Collator:
+    """Rows of a batch together, with their plan, or without a planner with their prompts' lengths."""
+
+    def __init__(self, planner: Planner | None, options: PatternOptions) -> None:
         self.planner = planner
+        self.options = options
 
     def __call__(self, rows: list[dict[str, torch.Tensor]]) -> dict[str, Any]:
-        batch = default_data_collator(
-            rows
-        )  # the tokenizer's would add a mask, and texts would see each other
+        # The tokenizer's would add a mask, and texts would see each other.
+        batch = default_data_collator(rows)
         prompts = batch.pop("prompts", None)
         if self.planner is not None:
             batch["power_plan"] = self.planner(batch["position_ids"], prompts)
-        return batch
+            return batch
+        found = (prompt for _, prompt in texts_of(batch["position_ids"], prompts))
+        return batch | prompt_tokens(self.options, found)
 
 
 def speed_up(

@@ -11,7 +11,13 @@ from transformers import AutoModelForCausalLM
 
 from vllm_power.hf.attention import use_power
 from vllm_power.options import PatternOptions
-from vllm_power.tools.adapt.engine import Planner, has_plain_logits, hidden_states, mark_dense
+from vllm_power.tools.adapt.engine import (
+    Planner,
+    has_plain_logits,
+    hidden_states,
+    mark_dense,
+    prompt_tokens,
+)
 from vllm_power.tools.adapt.linear_loss import linear_loss
 from vllm_power.tools.adapt.loss import chunked_loss
 from vllm_power.tools.adapt.recall import Hider, Sequence
@@ -47,10 +53,10 @@ def perplexities(
             ("power", options),
         ):
             planner = _under(loaded, under, state)
-            row[name] = math.exp(_loss(loaded, planner, given, state))
+            row[name] = math.exp(_loss(loaded, planner, under, given, state))
             if hider is not None:
                 asked = _questions(hider, given)
-                row["asked"], row[f"recall_{name}"] = len(asked), _right(loaded, planner, asked, state)
+                row["asked"], row[f"recall_{name}"] = len(asked), _right(loaded, planner, under, asked, state)
         rows.append(row)
     return rows
 
@@ -65,36 +71,42 @@ def _under(model: Any, options: PatternOptions, state: PartialState) -> Planner 
 
 # Not inference_mode: tensors that it makes, and something keeps, could never be part of a training.
 @torch.no_grad()
-def _loss(model: Any, planner: Planner | None, windows: torch.Tensor, state: PartialState) -> float:
+def _loss(
+    model: Any, planner: Planner | None, options: PatternOptions, windows: torch.Tensor, state: PartialState
+) -> float:
     """The mean over all predicted tokens, in nats."""
     total = torch.zeros((), dtype=torch.float64, device=state.device)
     for window in windows[state.process_index :: state.num_processes]:
         tokens = window[None].to(state.device)
         if planner is not None:
-            hidden = _hidden(model, planner, tokens)
+            hidden = _hidden(model, planner, options, tokens)
             total += linear_loss(hidden, model.get_output_embeddings().weight, tokens)
         else:
-            logits = model(tokens, use_cache=False).logits
+            logits = model(tokens, use_cache=False, **prompt_tokens(options, [0])).logits
             total += chunked_loss(logits, tokens, logits.shape[-1], num_items_in_batch=1)
     predicted = len(windows) * (windows.shape[1] - 1)
     return reduce(total, "sum").item() / predicted
 
 
 @torch.no_grad()
-def _right(model: Any, planner: Planner | None, asked: list[Sequence], state: PartialState) -> int:
+def _right(
+    model: Any, planner: Planner | None, options: PatternOptions, asked: list[Sequence], state: PartialState
+) -> int:
     """Answers of which every token is the most likely one after the right tokens before it."""
     right = torch.zeros((), dtype=torch.int64, device=state.device)
     for sequence in asked[state.process_index :: state.num_processes]:
         tokens = torch.from_numpy(sequence.tokens)[None].to(state.device)
-        hidden = _hidden(model, planner, tokens, sequence.prompt)[:, sequence.prompt - 1 : -1]
+        hidden = _hidden(model, planner, options, tokens, sequence.prompt)[:, sequence.prompt - 1 : -1]
         best = model.get_output_embeddings()(hidden).argmax(-1)
         right += (best == tokens[:, sequence.prompt :]).all()
     return int(reduce(right, "sum").item())
 
 
-def _hidden(model: Any, planner: Planner | None, tokens: torch.Tensor, prompt: int = 0) -> torch.Tensor:
+def _hidden(
+    model: Any, planner: Planner | None, options: PatternOptions, tokens: torch.Tensor, prompt: int = 0
+) -> torch.Tensor:
     if planner is None:
-        return hidden_states(model, input_ids=tokens)
+        return hidden_states(model, input_ids=tokens, **prompt_tokens(options, [prompt]))
     positions = torch.arange(tokens.shape[1])[None]
     prompts = torch.zeros_like(positions)
     prompts[0, 0] = prompt

@@ -46,7 +46,7 @@ def train(
     """
     device = arguments.device
     model, planner = load(settings, options, device)
-    collate = Collator(planner)
+    collate = Collator(planner, options)
     if planner is not None and not sharded():
         model.to(device)
         each = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps

@@ -162,7 +162,7 @@ def whole_steps(kind: str, rows: int, steps: int) -> list[Row]:
         speed_up(model, OPTIONS, torch.bfloat16, teacher=teacher, share=0.5 if teacher else 0.0)
     compile_layers(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    collate = Collator(planner)
+    collate = Collator(planner, OPTIONS)
     tokens = torch.randint(0, SHAPE["vocab_size"], (LENGTH,), generator=torch.Generator().manual_seed(0))
     row = {"input_ids": tokens, "position_ids": torch.arange(LENGTH), "labels": tokens}
 
