@@ -82,7 +82,7 @@ def make_model(
 
 def family_config(family: str, *, head_dim: int, extra: dict[str, Any], **sizes: int) -> Any:
     """Return transformers' config of a family, with the given sizes (named as in config.json)."""
-    if family not in FAMILIES:
+    if family not in (*FAMILIES, *UNUSUAL):
         raise ValueError(f"unknown model family {family!r}; known: {', '.join(FAMILIES)}")
     if family == "qwen2" and head_dim * sizes["num_attention_heads"] != sizes["hidden_size"]:
         raise ValueError("Qwen2 derives its head size: hidden_size must be num_heads * head_size")
