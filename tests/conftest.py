@@ -29,7 +29,9 @@ if not torch.cuda.is_available():
 
     import vllm_power.kernels.decode
     import vllm_power.kernels.plan_gpu
-    import vllm_power.kernels.prefill  # noqa: F401
+    import vllm_power.kernels.prefill
+    import vllm_power.kernels.training_backward
+    import vllm_power.kernels.training_forward  # noqa: F401
 
     del os.environ["TRITON_INTERPRET"]
 

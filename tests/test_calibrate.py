@@ -117,7 +117,18 @@ def test_what_is_printed_can_be_served(planted: Callable[..., Path], text: Path,
     use_power(model, {**PATTERN, "dense_layers": [0]})
     model.save_pretrained(tmp_path / "trained")
     AutoTokenizer.from_pretrained(planted((3,))).save_pretrained(tmp_path / "trained")
-    words = ["calibrate", str(tmp_path / "trained"), "--budget", "1", "--text", str(text), "--tokens", "300"]
+    words = [
+        "calibrate",
+        str(tmp_path / "trained"),
+        "--objective",
+        "divergence",
+        "--budget",
+        "1",
+        "--text",
+        str(text),
+        "--tokens",
+        "300",
+    ]
     done = CliRunner().invoke(app, [*words, "--device", "cpu", "--folder", str(tmp_path / "out")])
     assert done.exit_code == 0, done.output
     line = re.search(r"--additional-config '(.*)'", done.output)
@@ -224,7 +235,7 @@ def test_windows_are_spread_over_the_text(planted: Callable[..., Path]) -> None:
     ("change", "cause"),
     [
         ({"budget": 5}, "at least one of them has to"),
-        ({"given": '{"dense_layers": [1]}'}, "leave it out of --options"),
+        ({"given": '{"dense_layers": [1]}'}, "leave it out of --power"),
         ({"given": '{"windov_blocks": 1}'}, "did you mean 'window_blocks'"),
         ({"given": "{"}, "not JSON"),
         ({"given": "{}"}, "1,536 tokens this pattern is plain"),

@@ -57,7 +57,6 @@ NOT_YET: tuple[str, ...] = (
     "vllm_power/hf/attention.py",
     "vllm_power/hf/batch.py",
     "vllm_power/hf/documents.py",
-    "vllm_power/hf/flex.py",
     "vllm_power/hf/layers.py",
     "vllm_power/kv_cache.py",
     "vllm_power/metrics/__init__.py",

@@ -284,21 +284,21 @@ def configure(vllm_config: VllmConfig) -> None:
         }
 
 
-_KEPT = "_vllm_power_keeps_because"
+# The model whose layers must keep everything, and why.
+_kept: tuple[Any, str] | None = None
 
 
 def keep_everything(vllm_config: VllmConfig, reason: str) -> None:
     """Switch reclamation off for ``reason``, which the built layers show. vLLM has not asked for their specs yet."""
-    global _settings
-    _settings = None
-    setattr(vllm_config, _KEPT, reason)
+    global _settings, _kept
+    _settings, _kept = None, (vllm_config.model_config, reason)
 
 
 def why_not(vllm_config: VllmConfig) -> str | None:
     """Why blocks are not given back early in this configuration; None where they are."""
     asked = options.of_config(vllm_config)
-    if reason := getattr(vllm_config, _KEPT, None):
-        return reason
+    if _kept is not None and _kept[0] is vllm_config.model_config:
+        return _kept[1]
     if not asked.reclaim:
         return "the option reclaim is false"
     if vllm_config.kv_transfer_config is not None:

@@ -174,13 +174,19 @@ def of_pattern(asked: Mapping[str, Any] | None, config: Any) -> PatternOptions:
 
 def of_config(vllm_config: "VllmConfig") -> PowerOptions:
     """The options in force for an engine, parsed once per configuration. Raises ValueError as :func:`resolve` does."""
+    # By the identity of what they come from, which is kept here so that no other object gets it. vLLM's configurations
+    # take no fields of ours, and do not hash. A draft model's is a copy of the target's with another model.
     sources = (vllm_config.additional_config, vllm_config.model_config)
-    known = getattr(vllm_config, _PARSED, None)
-    # A draft model's configuration is a copy of the target's with another model.
-    if known is None or known[0] is not sources[0] or known[1] is not sources[1]:
-        known = (*sources, resolve(asked_of(vllm_config), _stored(vllm_config)))
-        setattr(vllm_config, _PARSED, known)
-    return known[2]
+    key = (id(sources[0]), id(sources[1]))
+    if key not in _parsed:
+        if len(_parsed) >= MOST_PARSED:
+            _parsed.pop(next(iter(_parsed)))
+        _parsed[key] = (sources, resolve(asked_of(vllm_config), _stored(vllm_config)))
+    return _parsed[key][1]
+
+
+MOST_PARSED = 16  # configurations of a process: a target's, its draft model's, and copies of them
+_parsed: dict[tuple[int, int], tuple[Any, PowerOptions]] = {}
 
 
 def asked_of(vllm_config: "VllmConfig") -> Mapping[str, Any] | None:
@@ -195,9 +201,6 @@ def why_mode(vllm_config: "VllmConfig") -> str:
         return "the option mode"
     carries = "no " if _stored(vllm_config) is None else ""
     return f"the checkpoint carries {carries}power_attention"
-
-
-_PARSED = "_vllm_power_options"
 
 
 def _stored(vllm_config: "VllmConfig") -> Mapping[str, Any] | None:

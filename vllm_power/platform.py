@@ -39,8 +39,10 @@ class PowerPlatform:
         """Called once the configuration is complete, before anything is started. Raises ValueError to refuse it."""
         super().check_and_update_config(vllm_config)  # type: ignore[misc]
         if is_selected(vllm_config) and not is_draft(vllm_config):
-            refusals.check_config(vllm_config)
-            refusals.check_executor(vllm_config, on_cpu=cls.device_type == "cpu")
+            on_cpu = cls.device_type == "cpu"
+            refusals.check_config(vllm_config, on_cpu)
+            refusals.check_executor(vllm_config, on_cpu)
+            cls._choose_page(vllm_config)
             _share_metrics()
 
     @classmethod
@@ -65,7 +67,7 @@ class PowerPlatform:
         """Called in each worker after the model was built: the first moment at which the layers are known."""
         super().update_block_size_for_backend(vllm_config)  # type: ignore[misc]
         if is_selected(vllm_config):
-            refusals.check_page_size(vllm_config)
+            refusals.check_page_size(vllm_config, on_cpu=cls.device_type == "cpu")
             _keep_what_others_read(vllm_config)
             _report(vllm_config)
 
@@ -79,9 +81,21 @@ class PowerPlatform:
 
             compat.extend_scheduler(vllm_config, CountedScheduler, PowerScheduler)
 
+    @classmethod
+    def _choose_page(cls, vllm_config: "VllmConfig") -> None:
+        """On a GPU vLLM asks the backend for its preferred page later."""
+
 
 class PowerCpuPlatform(PowerPlatform):
     """In addition, on a CPU: ``_power_backend`` names ours (vllm/platforms/cpu.py ignores the chosen backend)."""
+
+    @classmethod
+    def _choose_page(cls, vllm_config: "VllmConfig") -> None:
+        """vLLM's page of 128 tokens may not divide the pattern's block: take the largest up to it that does."""
+        cache = vllm_config.cache_config
+        if not cache.user_specified_block_size:
+            fitting = refusals.pages_of(vllm_config, on_cpu=True)
+            cache.block_size = max((page for page in fitting if page <= cache.block_size), default=fitting[0])
 
     @classmethod
     def _power_backend(cls, selected_backend: Any, attn_selector_config: Any, num_heads: int | None) -> str:

@@ -10,7 +10,12 @@ if TYPE_CHECKING:
 OTHER_BACKEND = "Serve this model with another attention backend (leave out --attention-backend power)."
 
 
-def check_config(vllm_config: "VllmConfig") -> None:
+# Pages that the kernels take: ours on GPUs (gpu_backend), vLLM's C++ attention on CPUs.
+GPU_PAGES = (16, 32, 64, 128, 256)
+CPU_PAGES = (32, 64, 128, 256, 512)
+
+
+def check_config(vllm_config: "VllmConfig", on_cpu: bool) -> None:
     """Refuse what the configuration alone shows. Raises ValueError."""
     asked = options.of_config(vllm_config)
     model = vllm_config.model_config
@@ -32,7 +37,7 @@ def check_config(vllm_config: "VllmConfig") -> None:
             "--tensor-parallel-size works.",
         )
     if vllm_config.cache_config.user_specified_block_size:
-        check_page_size(vllm_config)
+        check_page_size(vllm_config, on_cpu)
 
 
 def check_executor(vllm_config: "VllmConfig", on_cpu: bool) -> None:
@@ -48,16 +53,28 @@ def check_executor(vllm_config: "VllmConfig", on_cpu: bool) -> None:
         )
 
 
-def check_page_size(vllm_config: "VllmConfig") -> None:
-    """Refuse a page that does not divide the pattern's block. Raises ValueError."""
-    pattern = options.of_config(vllm_config).effective_pattern
-    page_size = vllm_config.cache_config.block_size
-    if pattern.block_size % page_size:
-        fitting = [size for size in (16, 32, 64, 128, 256, 512) if pattern.block_size % size == 0]
+def pages_of(vllm_config: "VllmConfig", on_cpu: bool) -> list[int]:
+    """The page sizes that serve the pattern on this device, ascending. Raises ValueError if there are none."""
+    block_size = options.of_config(vllm_config).effective_pattern.block_size
+    fitting = [size for size in (CPU_PAGES if on_cpu else GPU_PAGES) if block_size % size == 0]
+    if not fitting:
         _refuse(
-            f"a page (--block-size) of {page_size} tokens does not divide the pattern's block of "
-            f"{pattern.block_size}",
-            f"Use --block-size with one of {', '.join(map(str, fitting))}.",
+            f"the pattern's block of {block_size} tokens is smaller than a page of vLLM's CPU attention",
+            f'Use {{"power": {{"block_size": {CPU_PAGES[0]}}}}} or larger blocks, or a GPU.',
+        )
+    return fitting
+
+
+def check_page_size(vllm_config: "VllmConfig", on_cpu: bool) -> None:
+    """Refuse a page that does not divide the pattern's block or that the kernels do not take. Raises ValueError."""
+    page_size, fitting = vllm_config.cache_config.block_size, pages_of(vllm_config, on_cpu)
+    if page_size not in fitting:
+        block_size = options.of_config(vllm_config).effective_pattern.block_size
+        _refuse(
+            f"a page (--block-size) of {page_size} tokens does not divide the pattern's block of {block_size}"
+            if block_size % page_size
+            else f"a page (--block-size) of {page_size} tokens is none that the kernels take on this device",
+            f"Use --block-size with one of {', '.join(map(str, fitting))}, or leave it out.",
         )
 
 

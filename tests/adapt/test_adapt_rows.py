@@ -7,11 +7,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
 from datasets import Dataset
+from torch.utils.data import DataLoader
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from vllm_power.tools.adapt import callbacks, loss
+from vllm_power.options import PatternOptions
+from vllm_power.tools.adapt import callbacks, linear_loss, loss
 from vllm_power.tools.adapt.data import Line, Rows, windows
+from vllm_power.tools.adapt.engine import Collator, Planner
 from vllm_power.tools.adapt.settings import Settings, Stage
 
 
@@ -80,6 +85,41 @@ def test_data_begin_again_in_another_order() -> None:
     assert torch.equal(first, torch.cat([rows[0]["input_ids"], rows[1]["input_ids"]]))
 
 
+# --- what is collated, and what goes to workers and devices -----------------------------------------------------------
+
+
+def test_plans_come_whole_through_workers() -> None:
+    """A plan says of each row where its texts begin, and arrives from a loader's process as it was made."""
+    rows = Rows(line_of(*[10] * 20), small(), begin=None)
+    config = SimpleNamespace(hidden_size=32, num_attention_heads=2, num_hidden_layers=2)
+    config.get_text_config = lambda: config
+    options = PatternOptions(block_size=16, dense_layers=[1])
+    collate = Collator(Planner(config, options, torch.bfloat16))
+    loader = DataLoader(rows, batch_size=2, collate_fn=collate, num_workers=1, prefetch_factor=2)
+    batches = list(Accelerator(cpu=True).prepare(loader))
+    assert len(batches) == len(rows) // 2
+    for number, batch in enumerate(batches):
+        expected = collate([rows[2 * number], rows[2 * number + 1]])
+        for ours, theirs in ((batch["power_plan"].pattern, expected["power_plan"].pattern),):
+            assert (ours.tile, ours.parts, ours.partial) == (theirs.tile, theirs.parts, theirs.partial)
+            assert all(torch.equal(*pair) for pair in zip(ours.tensors, theirs.tensors, strict=True))
+        texts = batch["power_plan"].pattern.tiles
+        starts = {tuple(record[1:3]) for record in texts.tolist() if record[0]}
+        assert starts == {tuple(place) for place in (batch["position_ids"] == 0).nonzero().tolist()}
+        assert batch["power_plan"].dense is not None
+
+
+def test_prompts_decide_which_rows_see_everything() -> None:
+    config = SimpleNamespace(hidden_size=32, num_attention_heads=2, num_hidden_layers=2)
+    config.get_text_config = lambda: config
+    planner = Planner(config, PatternOptions(block_size=16, dense_tail=5, decode="dense"), torch.bfloat16)
+    positions = torch.cat([torch.arange(100), torch.arange(60)])[None]
+    prompts = torch.zeros_like(positions)
+    prompts[0, 100] = 40
+    told = {tuple(record[2:7]) for record in planner(positions, prompts).pattern.tiles.tolist() if record[0]}
+    assert told == {(0, 100, 0, 0, 0), (0, 100, 1, 0, 0), (100, 60, 0, 35, 60)}
+
+
 # --- loss, and where it is not sound ----------------------------------------------------------------------------------
 
 
@@ -96,6 +136,28 @@ def test_the_loss_in_chunks(count: torch.Tensor | None, monkeypatch: pytest.Monk
         value.backward()
         found.append((value.detach(), logits.grad))
     torch.testing.assert_close(found[0], found[1])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3], ids=["plain", "distilled"])
+def test_the_loss_without_logits(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As from the logits: cross entropy, and the divergence from a teacher, and their gradients."""
+    monkeypatch.setattr(linear_loss, "LOGITS", 45)  # five tokens at a time
+    generator = torch.Generator().manual_seed(0)
+    sizes = ((2, 13, 6), (9, 6), (2, 13, 6), (9, 6))
+    hidden, weight, taught, by = (torch.randn(size, generator=generator) for size in sizes)
+    hidden.requires_grad_(), weight.requires_grad_()
+    labels = torch.randint(0, 9, (2, 13), generator=generator)
+    labels[0, 3] = labels[1, 0] = -100
+    teacher = (taught, by) if share else None
+    ours = linear_loss.linear_loss(hidden, weight, labels, teacher, share)
+    logits, following = hidden @ weight.T, F.pad(labels, (0, 1), value=-100)[:, 1:]
+    plain = F.cross_entropy(logits.flatten(0, 1), following.flatten(), ignore_index=-100, reduction="sum")
+    aims = (taught @ by.T).log_softmax(-1)
+    apart = F.kl_div(logits.log_softmax(-1), aims, log_target=True, reduction="none").sum(-1)
+    right = (1 - share) * plain + share * (apart * (following != -100)).sum()
+    results = [(loss, *torch.autograd.grad(loss / 7, (hidden, weight))) for loss in (ours, right)]
+    for pair in zip(*results, strict=True):
+        torch.testing.assert_close(*pair)
 
 
 def logged(sound: callbacks.Sound, *losses: float) -> None:

@@ -11,8 +11,15 @@ A checkpoint that says so already: ``register()``, then ``from_pretrained(..., a
 
 transformers asks twice: once a forward pass for the mask, and in each layer for the attention. In the mask's place
 stands a Batch (batch.py), which says which tokens are one text: blocks are counted from each text's first token. On
-GPUs the attention is FlexAttention (flex.py); on CPUs, and for a few queries, dense attention over the visible blocks
-(segments.py).
+GPUs Triton kernels follow lists of tiles (tiles.py, sparse.py); on CPUs, and for a few queries, it is dense attention
+over the visible blocks (segments.py).
+
+To find the texts, a Batch has to read the mask, or the positions, back from the device. A training loop that knows its
+texts gives the model ``power_plan`` beside its inputs, a sparse.Plan: then nothing is read back, and layers can be
+compiled whole.
+
+With ``dense_tail`` or ``decode: "dense"``, which rows see everything depends on where each prompt ends: give the model
+``power_prompt_tokens``, one number per text (dense_rows.py).
 """
 
 from collections.abc import Callable, Mapping
@@ -25,12 +32,14 @@ from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, flex_attention_mask, sdpa_mask
 
-from vllm_power.hf import documents, layers
+from vllm_power.hf import dense_rows, documents, layers, sparse
 from vllm_power.hf.batch import Batch
-from vllm_power.hf.masks import LARGEST_TILE
 from vllm_power.options import PatternOptions
 
 NAME = "power"
+
+# From so many queries on, transformers' own kernels for windows are worth their compilation.
+MANY_QUERIES = 128
 
 # Arguments of transformers' attention functions that change the result in ways that are not implemented here.
 UNKNOWN_TO_PATTERN = ("softcap", "s_aux", "position_bias", "sliding_window")
@@ -92,7 +101,7 @@ def power_mask(
     pattern can not stand for.
     """
     if local_size is not None:
-        many = q_length >= LARGEST_TILE and torch.device(others.get("device", "cpu")).type == "cuda"
+        many = q_length >= MANY_QUERIES and torch.device(others.get("device", "cpu")).type == "cuda"
         own_mask = flex_attention_mask if many else sdpa_mask
         return own_mask(
             batch_size,
@@ -123,6 +132,7 @@ def power_mask(
         documents.of_labels(documents.labels(told_apart, attention_mask, batch_size, kv_length)),
         q_length,
         kv_length,
+        found.rows,
     )
 
 
@@ -141,6 +151,9 @@ def power_attention(
     query: [rows, H, Q, D]; key and value: [rows, G, K, D]. attention_mask: what
     :func:`power_mask` gave. Raises ValueError for what the pattern can not stand for.
     """
+    plan = named.get("power_plan")
+    if plan is not None:
+        return _planned(module, query, key, value, plan, dropout, scaling, named), None
     layer: Any = module.layer_idx
     own = layers.keeping_their_own(module.config)
     if layer in own and not isinstance(attention_mask, Batch):
@@ -151,13 +164,7 @@ def power_attention(
             "the mask of this layer was not made by the pattern",
             "Give a two-dimensional attention_mask (1 for tokens, 0 for padding) or none, not a ready-made mask.",
         )
-    if dropout:
-        _refuse("dropout in attention", "Set config.attention_dropout = 0.")
-    for name in UNKNOWN_TO_PATTERN:
-        if named.get(name) is not None:
-            _refuse(f"attention with {name}")
-    if named.get("is_causal") is False or getattr(module, "is_causal", True) is False:
-        _refuse("attention to later tokens")
+    _check(module, dropout, named)
     batch = attention_mask
     if named.get("cu_seq_lens_q") is not None:
         batch = batch.packed(named["cu_seq_lens_q"])
@@ -171,7 +178,44 @@ def power_attention(
     # Under autocast, rotary embeddings leave queries and keys in float32 beside values in the lower precision.
     query, key = query.to(value.dtype), key.to(value.dtype)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    return batch.attend(layer, query, key, value, scale).transpose(1, 2).contiguous(), None
+    output = batch.attend(layer, query, key, value, scale)
+    if batch.rule.has_dense_rows and layer not in batch.dense_layers:
+        prompts = named.get("power_prompt_tokens")
+        if prompts is None:
+            _refuse(
+                "dense_tail and decode need the length of each prompt",
+                "Give the model power_prompt_tokens, one number per text (vllm_power.hf.dense_rows.prompt_tokens "
+                "reads them from labels).",
+            )
+        output = dense_rows.replaced(output, query, key, value, batch.rows, prompts, batch.rule, scale)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _planned(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    plan: sparse.Plan,
+    dropout: float,
+    scaling: float | None,
+    named: Mapping[str, Any],
+) -> torch.Tensor:
+    """Attention by the lists that came with the batch. Compiled: it must not look at the number of the layer."""
+    _check(module, dropout, named)
+    lists = plan.of_layer(bool(module.power_dense))
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    return sparse.attend(query.to(value.dtype), key.to(value.dtype), value, lists, scale)
+
+
+def _check(module: torch.nn.Module, dropout: float, named: Mapping[str, Any]) -> None:
+    if dropout:
+        _refuse("dropout in attention", "Set config.attention_dropout = 0.")
+    for name in UNKNOWN_TO_PATTERN:
+        if named.get(name) is not None:
+            _refuse(f"attention with {name}")
+    if named.get("is_causal") is False or getattr(module, "is_causal", True) is False:
+        _refuse("attention to later tokens")
 
 
 def _refuse(cause: str, remedy: str = "Use another attention implementation for this model.") -> NoReturn:

@@ -2,16 +2,18 @@
 
 import torch
 
-from vllm_power.hf import documents, flex, segments
+from vllm_power.hf import documents, segments, sparse, tiles
 from vllm_power.hf.documents import Row
-from vllm_power.hf.masks import LARGEST_TILE, Aligned, aligned
-from vllm_power.pattern import Pattern, preset
+from vllm_power.pattern import PATTERN_ROWS, Pattern, RowRule, preset
+
+FEW_QUERIES = 32  # fewer than this leave a tile of the kernels mostly empty
 
 
 class Batch:
     """pattern: of the layers that are not dense. dense_layers: indices of those that are.
 
     rows: the documents of each row, in keys. num_queries: the new tokens, the last ones of the ``num_keys`` tokens.
+    rule: which of a document's tokens see everything; ``attention.power_attention`` replaces them.
     """
 
     def __init__(
@@ -21,6 +23,7 @@ class Batch:
         rows: tuple[Row, ...],
         num_queries: int,
         num_keys: int,
+        rule: RowRule = PATTERN_ROWS,
     ) -> None:
         self.pattern = pattern
         self.dense = preset("full", block_size=pattern.block_size)
@@ -28,12 +31,13 @@ class Batch:
         self.rows = rows
         self.num_queries = num_queries
         self.num_keys = num_keys
-        # Rows with the same texts are computed at once.
+        self.rule = rule
+        # On a CPU, rows with the same texts are computed at once.
         same = len(set(rows)) == 1
         self._groups = (
             [(slice(None), rows[0])] if same else [(slice(i, i + 1), row) for i, row in enumerate(rows)]
         )
-        self._aligned: dict[tuple[Pattern, Row, torch.device], Aligned] = {}
+        self._lists: dict[tuple[Pattern, int, torch.device], tiles.Lists] = {}
         self._packed: tuple[torch.Tensor, Batch] | None = None
         self._checked: torch.Tensor | None = None
 
@@ -47,18 +51,18 @@ class Batch:
                 f"layer {layer} has {query.shape[2]} queries and {key.shape[2]} keys where the mask was made for "
                 f"{self.num_queries} and {self.num_keys}: this cache can not be used under the pattern"
             )
-        outputs = []
-        for rows, texts in self._groups:
-            states = query[rows], key[rows], value[rows]
-            if self._suits_flex(query, pattern, texts):
-                outputs.append(flex.attend(*states, self._aligned_texts(pattern, texts, query.device), scale))
-            else:
-                outputs.append(segments.attend(*states, pattern, texts, scale))
+        if self._suits_kernels(query, value):
+            lists = self._listed(pattern, query)
+            return sparse.attend(query, key, value, lists, scale).transpose(1, 2)
+        outputs = [
+            segments.attend(query[rows], key[rows], value[rows], pattern, texts, scale)
+            for rows, texts in self._groups
+        ]
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
     def with_dense(self, dense_layers: frozenset[int]) -> "Batch":
         """The same texts with other dense layers."""
-        return Batch(self.pattern, dense_layers, self.rows, self.num_queries, self.num_keys)
+        return Batch(self.pattern, dense_layers, self.rows, self.num_queries, self.num_keys, self.rule)
 
     def packed(self, cumulative: torch.Tensor) -> "Batch":
         """The same tokens as the texts that ``cu_seq_lens_q`` tells apart. Raises ValueError where it does not fit."""
@@ -66,7 +70,7 @@ class Batch:
             if len(self.rows) != 1 or self.num_queries != self.num_keys:
                 raise ValueError("cu_seq_lens_q is for packed texts in one row, without a cache")
             rows = documents.of_lengths(cumulative, self.num_keys)
-            size = self.num_queries, self.num_keys
+            size = self.num_queries, self.num_keys, self.rule
             batch = self if rows == self.rows else Batch(self.pattern, self.dense_layers, rows, *size)
             self._packed = cumulative, batch
         return self._packed[1]
@@ -91,17 +95,17 @@ class Batch:
                     )
         self._checked = position_ids
 
-    def _suits_flex(self, query: torch.Tensor, pattern: Pattern, texts: Row) -> bool:
-        """On a GPU, but for a few queries, one text that is plain causal attention, or no text at all."""
-        if not query.is_cuda or query.dtype == torch.float64 or self.num_queries < LARGEST_TILE:
-            return False
-        first = self.num_keys - self.num_queries
-        if len(texts) == 1 and not first and texts[0][1] - texts[0][0] <= pattern.dense_tokens:
-            return False
-        return any(end > first for _, end in texts)
+    def _suits_kernels(self, query: torch.Tensor, value: torch.Tensor) -> bool:
+        """On a GPU, but for a few queries."""
+        widest = max(query.shape[3], value.shape[3])
+        known = query.dtype in (torch.float32, torch.float16, torch.bfloat16) and widest <= tiles.WIDEST_HEAD
+        return query.is_cuda and known and self.num_queries >= FEW_QUERIES
 
-    def _aligned_texts(self, pattern: Pattern, texts: Row, device: torch.device) -> Aligned:
-        place = (pattern, texts, device)
-        if place not in self._aligned:
-            self._aligned[place] = aligned(pattern, texts, self.num_queries, self.num_keys, device)
-        return self._aligned[place]
+    def _listed(self, pattern: Pattern, query: torch.Tensor) -> tiles.Lists:
+        tile = tiles.tile_of(pattern, query.shape[3], query.dtype)
+        place = pattern, tile, query.device
+        if place not in self._lists:
+            texts = [tiles.Text(row, *text) for row, found in enumerate(self.rows) for text in found]
+            made = tiles.lists(pattern, texts, len(self.rows), self.num_keys, tile, self.num_queries)
+            self._lists[place] = made.to(query.device)
+        return self._lists[place]

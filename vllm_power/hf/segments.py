@@ -66,13 +66,13 @@ def attend(
                 for states in (key, value)
             )
             rows = query[:, :, start + begin - first_query : start + stop - first_query]
-            parts.append(_causal(rows, keys, values, scale))
+            parts.append(causal(rows, keys, values, scale))
     if done < num_keys:
         parts.append(padding(num_keys))
     return torch.cat(parts, dim=2)
 
 
-def _causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+def causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
     """Causal attention whose last query sees every key."""
     queries, keys = query.shape[2], key.shape[2]
     square = queries == keys

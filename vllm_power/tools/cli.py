@@ -15,6 +15,7 @@ from vllm_power.tools.doctor.command import doctor_command
 from vllm_power.tools.evals.command import eval_command
 from vllm_power.tools.passkey.command import passkey
 from vllm_power.tools.probe.command import probe_command
+from vllm_power.tools.recall.command import recall_command
 from vllm_power.tools.web.command import explore_command
 
 app = typer.Typer(help="PowerAttention for vLLM: tools around the attention backend.", no_args_is_help=True)
@@ -25,6 +26,7 @@ app.command("explore")(explore_command)
 app.add_typer(bench, name="bench")
 # Arguments after `--` go to the server that the command starts.
 app.command("eval", context_settings={"allow_extra_args": True})(eval_command)
+app.command("recall")(recall_command)
 app.command("calibrate")(calibrate_command)
 app.command("probe")(probe_command)
 app.command("adapt")(adapt_command)

@@ -2,7 +2,9 @@
 
 import math
 import signal
+import time
 from collections import deque
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -93,6 +95,7 @@ class Bar(TrainerCallback):
         self.console = console
         self.progress = Progress(*columns, console=console, disable=not console.is_terminal)
         self.task = self.progress.add_task("starting", total=settings.steps)
+        self.ended: list[float] = []  # when each step was logged
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **named: Any) -> None:
         self.progress.update(self.task, completed=state.global_step)
@@ -102,7 +105,14 @@ class Bar(TrainerCallback):
         if not logs or "loss" not in logs:
             return
         step = state.global_step
+        self.ended.append(time.monotonic())
         told = f"sequences of {self.settings.length_at(step - 1):,}, loss {float(logs['loss']):.3f}"
         self.progress.update(self.task, completed=step, description=told)
         if not self.console.is_terminal and step % max(1, self.settings.steps // 20) == 0:
             self.console.print(f"step {step} of {self.settings.steps}, {told}", highlight=False)
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Of all processes together, in the median step but for the first, which compiles; None for fewer steps."""
+        times = [after - before for before, after in pairwise(self.ended)]
+        return self.settings.batch_tokens / median(times) if times else None

@@ -42,6 +42,14 @@ def adapt_command(
     spike: Annotated[
         float, typer.Option(min=1.0, help="Stop where the loss is this many times the latest steps' median.")
     ] = 2.0,
+    distill: Annotated[
+        float,
+        typer.Option(min=0.0, max=1.0, help="Share of the loss that is the divergence from the dense model."),
+    ] = 0.0,
+    recall: Annotated[
+        float,
+        typer.Option(min=0.0, max=1.0, help="Share of the sequences with hidden facts that are asked for."),
+    ] = 0.0,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,
     seed: Annotated[int, typer.Option(help="Of the documents' order, and of adapters.")] = 0,
 ) -> None:
@@ -67,5 +75,7 @@ def adapt_command(
             eval_tokens=eval_tokens,
             spike=spike,
             seed=seed,
+            distill=distill,
+            recall=recall,
         )
         run(settings, output, save_every)

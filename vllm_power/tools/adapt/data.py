@@ -4,7 +4,7 @@ Documents are tokenized once, into a memory-mapped file, and lie one after the o
 Rows are cut from that line: no token is padding.
 """
 
-from collections.abc import Sequence
+import collections.abc
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from vllm_power.tools.adapt.recall import Hider, Sequence
 from vllm_power.tools.adapt.settings import Settings
 
 KINDS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -21,7 +22,7 @@ COMPRESSED = (".gz", ".xz", ".zst")
 NOT_ASKED = -100  # transformers' label of a token that is not predicted
 
 
-def tokenized(files: Sequence[str], field: str, tokenizer: Any, cache: Path) -> Any:
+def tokenized(files: collections.abc.Sequence[str], field: str, tokenizer: Any, cache: Path) -> Any:
     """A data set with ``input_ids`` and their ``length``: a row for each document and its end-of-text token.
 
     A .txt file is one document; in .jsonl and .parquet each row is, by its column ``field``. Raises ValueError for
@@ -149,8 +150,9 @@ class Rows(Dataset[dict[str, torch.Tensor]]):
     counting. Where the data end they begin again in another order.
     """
 
-    def __init__(self, line: Line, settings: Settings, begin: int | None) -> None:
+    def __init__(self, line: Line, settings: Settings, begin: int | None, hider: Hider | None = None) -> None:
         self.settings = settings
+        self.hider = hider
         self.begin = begin
         self.rows_in_pass = line.tokens // settings.row
         if not self.rows_in_pass:
@@ -169,21 +171,44 @@ class Rows(Dataset[dict[str, torch.Tensor]]):
         return len(self) / self.rows_in_pass
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """input_ids, position_ids and labels, int64 [row]."""
+        """input_ids, position_ids and labels, int64 [row]; with a hider also prompts.
+
+        prompts: at the first token of a sequence that ends with an answer the tokens before it, elsewhere 0.
+        """
         settings = self.settings
         number, place = divmod(index, self.rows_in_pass)
         tokens, documents = self._in_pass(number).read(place * settings.row, settings.row)
         starts = np.arange(0, settings.row, settings.length_at(index // settings.rows_in_step))
         if self.begin is not None:
             tokens[starts] = self.begin
+        hidden = self._hide(tokens, starts, index) if self.hider is not None else {}
         if settings.apart:
-            starts = np.union1d(starts, documents)
+            inside = [first for first in documents if not any(begin < first < end for begin, end in hidden)]
+            starts = np.union1d(starts, np.asarray(inside, dtype=np.int64))
         labels = tokens.copy()
         labels[starts] = NOT_ASKED
         lengths = np.diff(starts, append=settings.row)
         positions = np.arange(settings.row) - np.repeat(starts, lengths)
         named = {"input_ids": tokens, "position_ids": positions, "labels": labels}
+        if self.hider is not None:
+            named["prompts"] = np.zeros_like(tokens)
+            for (begin, end), made in hidden.items():
+                labels[begin:end][made.told] = NOT_ASKED
+                named["prompts"][begin] = made.prompt
         return {name: torch.from_numpy(values) for name, values in named.items()}
+
+    def _hide(self, tokens: np.ndarray, starts: np.ndarray, index: int) -> dict[tuple[int, int], Sequence]:
+        """Put rebuilt sequences into ``tokens``, and return where: the same for the same row, whoever reads it."""
+        assert self.hider is not None
+        found = {}
+        draw = np.random.default_rng((self.settings.seed, index))
+        for begin, end in zip(starts, [*starts[1:], len(tokens)], strict=True):
+            if draw.random() < self.settings.recall:
+                made = self.hider.hide(tokens[begin:end].copy(), draw)
+                if made is not None:
+                    tokens[begin:end] = made.tokens
+                    found[int(begin), int(end)] = made
+        return found
 
     def hidden_share(self, dense_tokens: int) -> float:
         """Share of some rows' tokens past what the pattern hides nothing from; the last stage's rows."""

@@ -83,3 +83,17 @@ def table(rows: list[Row]) -> Table:
         values = [found.get((when, length), {}).get(name) for when, name in columns]
         shown.add_row(f"{length:,}", *("" if value is None else f"{value:.3f}" for value in values))
     return shown
+
+
+def recall_table(rows: list[Row]) -> Table | None:
+    """Right answers at each length; None where nothing was asked."""
+    asked = [row for row in rows if row.get("asked")]
+    if not asked:
+        return None
+    shown = Table(title="Facts recalled from held-out text", title_justify="left")
+    for column in ("when", "tokens", "dense", "power", "asked"):
+        shown.add_column(column, justify="right")
+    for row in asked:
+        told = (row["when"], f"{row['length']:,}", row["recall_dense"], row["recall_power"], row["asked"])
+        shown.add_row(*map(str, told))
+    return shown

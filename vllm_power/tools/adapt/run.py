@@ -15,6 +15,7 @@ from vllm_power.options import PatternOptions, of_pattern
 from vllm_power.tools.adapt import data, report
 from vllm_power.tools.adapt.evaluate import perplexities
 from vllm_power.tools.adapt.export import export, save_weights
+from vllm_power.tools.adapt.recall import ASKED, Hider
 from vllm_power.tools.adapt.settings import Settings
 from vllm_power.tools.adapt.train import arguments_of, train
 from vllm_power.tools.common import results
@@ -51,10 +52,11 @@ def run(settings: Settings, output: Path, save_every: int = 100) -> None:
     if state.is_main_process:
         settings.write(output)
 
+    asker = Hider(tokenizer, ASKED) if settings.recall else None
+
     def evaluate(model: str, when: str) -> list[report.Row]:
         about = {"when": when, **(results.machine() if state.is_main_process else {})}
-        dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
-        return perplexities(model, options, windows, dtype, state, about)
+        return perplexities(model, options, windows, settings.dtype, state, about, asker)
 
     measured = [row for row in results.rows(output, report.PERPLEXITY) if row["when"] == "before"]
     if windows and not measured:
@@ -80,6 +82,8 @@ def run(settings: Settings, output: Path, save_every: int = 100) -> None:
             report.write(measured, output, report.PERPLEXITY)
             report.plot_perplexity(measured, output)
             console.print(report.table(measured))
+            if (recalled := report.recall_table(measured)) is not None:
+                console.print(recalled)
     console.print(f"Serve it with\n\nvllm serve {output} --attention-backend power", soft_wrap=True)
 
 
@@ -124,7 +128,7 @@ def read(settings: Settings, tokenizer: Any, cache: Path) -> tuple[data.Rows, di
     else:
         held, line = line.split(settings.eval_tokens)
     begin = data.begin_token(tokenizer)
-    rows = data.Rows(line, settings, begin)
+    rows = data.Rows(line, settings, begin, Hider(tokenizer) if settings.recall else None)
     lengths = sorted({stage.length for stage in settings.stages}) if settings.eval_tokens else []
     if lengths and held.tokens < lengths[-1]:
         raise ValueError(

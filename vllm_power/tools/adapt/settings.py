@@ -4,7 +4,10 @@ import json
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 FILE = "adapt.json"
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
@@ -72,6 +75,15 @@ class Settings:
     eval_tokens: int = 262_144
     spike: float = 2.0
     seed: int = 0
+    distill: float = 0.0
+    recall: float = 0.0
+
+    @property
+    def dtype(self) -> "torch.dtype":
+        """What is computed in."""
+        import torch
+
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
     @property
     def row(self) -> int:

@@ -1,26 +1,33 @@
-"""The training itself: transformers' Trainer, going on from its last whole checkpoint."""
+"""The training itself: transformers' Trainer, going on from its last whole checkpoint.
+
+The Trainer keeps the books (steps, checkpoints, logs, processes); what a step computes is engine.py's. A step waits for
+the device once, where its loss is logged.
+"""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import (
-    AutoModelForCausalLM,
-    PrinterCallback,
-    Trainer,
-    TrainingArguments,
-    default_data_collator,
-    set_seed,
-)
+from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from vllm_power.hf.attention import use_power
 from vllm_power.options import PatternOptions
 from vllm_power.tools.adapt import report
 from vllm_power.tools.adapt.callbacks import Bar, Sound, Stop
 from vllm_power.tools.adapt.data import Rows
+from vllm_power.tools.adapt.engine import (
+    Collator,
+    Planner,
+    as_teacher,
+    compile_layers,
+    has_plain_logits,
+    speed_up,
+)
 from vllm_power.tools.adapt.loss import spare_logits
+from vllm_power.tools.adapt.memory import plan_memory
 from vllm_power.tools.adapt.settings import Settings
 from vllm_power.tools.common.command_options import Stopped
 
@@ -37,13 +44,32 @@ def train(
 
     Raises Stopped, and FloatingPointError where the loss is not sound.
     """
-    model = load(settings, options)
+    device = arguments.device
+    model, planner = load(settings, options, device)
+    collate = Collator(planner)
+    if planner is not None and not sharded():
+        model.to(device)
+        each = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+
+        def loss_of(count: int) -> torch.Tensor:
+            row = {"input_ids": torch.zeros(settings.row, dtype=torch.long)}
+            row |= {"position_ids": torch.arange(settings.row), "labels": row["input_ids"]}
+            batch = collate([row] * count)
+            with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+                return model(**{name: part.to(device) for name, part in batch.items()}).loss
+
+        count, checkpoints = plan_memory(model.train(), each, settings.row, loss_of, device)
+        arguments.per_device_train_batch_size = count
+        arguments.gradient_accumulation_steps = each // count
+        arguments.gradient_checkpointing = checkpoints
+        said = "with" if checkpoints else "without"
+        console.print(f"{count} of {each} rows at once, {said} gradient checkpointing")
     stop, bar = Stop(), Bar(settings, console)
     trainer = Trainer(
         model,
         arguments,
         train_dataset=rows,
-        data_collator=default_data_collator,  # the tokenizer's would add a mask, and texts would see each other
+        data_collator=collate,
         processing_class=tokenizer,
         callbacks=[Sound(settings), stop, bar],
     )
@@ -56,6 +82,8 @@ def train(
     finally:
         stop.restore()
         bar.progress.stop()
+        if bar.tokens_per_second:
+            console.print(f"trained at {bar.tokens_per_second:,.0f} tokens/s", highlight=False)
         if trainer.is_world_process_zero():
             report.write_losses(trainer.state.log_history, settings, Path(arguments.output_dir).parent)
     if stop.stopped:
@@ -63,24 +91,54 @@ def train(
     return trainer
 
 
-def load(settings: Settings, options: PatternOptions) -> Any:
-    """The model to train: all weights in float32, or in the precision of the run with adapters in float32."""
+def load(settings: Settings, options: PatternOptions, device: torch.device) -> tuple[Any, Planner | None]:
+    """The model to train: all weights in float32, or in the precision of the run with adapters in float32.
+
+    And what plans its batches, where the kernels can do all of it on ``device``. Raises ValueError where ``distill``
+    is asked of a model whose logits are more than its head's product.
+    """
     set_seed(settings.seed)  # of the adapters
-    low = settings.lora and settings.precision == "bf16"
-    model = AutoModelForCausalLM.from_pretrained(
-        settings.model, dtype=torch.bfloat16 if low else torch.float32
-    )
+    low = settings.dtype if settings.lora else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=low)
     use_power(model, options)
     model.config.use_cache = False  # packed texts need it, and so does gradient checkpointing
-    spare_logits(model)
+    plain = has_plain_logits(model)
+    planner = None
+    if plain and Planner.suits(model.config, device):
+        planner = Planner(model.config, options, settings.dtype, every_layer_dense=settings.distill > 0)
+    teacher = None
+    if settings.distill:
+        if not plain:
+            raise ValueError(
+                f"--distill compares next-token distributions, and {settings.model} does more to its logits than "
+                "its head: it works without --distill"
+            )
+        original = AutoModelForCausalLM.from_pretrained(settings.model, dtype=settings.dtype)
+        teacher = as_teacher(original, device)
+        if planner is not None:
+            compile_layers(original)
+    if plain:
+        speed_up(model, options, settings.dtype, teacher=teacher, share=settings.distill)
+    else:
+        spare_logits(model)
     if settings.lora:
         from peft import LoraConfig, get_peft_model
 
         # The head stays as it is: it would be the largest adapter, and what is to be learnt lies in the layers.
         adapter = LoraConfig(r=settings.lora, lora_alpha=2 * settings.lora, target_modules="all-linear")
-        model = get_peft_model(model, adapter)
-        model.enable_input_require_grads()
-    return model
+        wrapped = get_peft_model(model, adapter)
+        wrapped.enable_input_require_grads()
+        if planner is not None:
+            compile_layers(model)
+        return wrapped, planner
+    if planner is not None:
+        compile_layers(model)
+    return model, planner
+
+
+def sharded() -> bool:
+    """Whether accelerate shares the weights out: what one process holds then says nothing of what fits."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true", "yes")
 
 
 def arguments_of(settings: Settings, folder: Path, processes: int, save_every: int) -> TrainingArguments:
@@ -119,6 +177,10 @@ def arguments_of(settings: Settings, folder: Path, processes: int, save_every: i
         seed=settings.seed,
         use_cpu=not cuda,
         dataloader_pin_memory=cuda,
+        # A copy from memory that is not pinned, or a loader that reads while the GPU waits, would cost each step more.
+        accelerator_config={"non_blocking": cuda},
+        dataloader_num_workers=2 if cuda else 0,
+        dataloader_prefetch_factor=8 if cuda else None,
         disable_tqdm=True,
         report_to="none",
     )

@@ -72,6 +72,18 @@ def kernels_command(
     raise typer.Exit(main(million=million, folder=folder))
 
 
+@bench.command("training")
+def training_command(
+    rows: Annotated[int, typer.Option(min=1, help="Rows of 8,192 tokens per micro-batch.")] = 8,
+    folder: Annotated[Path, typer.Option(help="Append the rows to adapted.jsonl in this folder.")] = RESULTS,
+) -> None:
+    """Measure training on a GPU, attention alone and whole steps, against other kernels; append to adapted.jsonl."""
+    need_gpu("bench training")
+    from vllm_power.tools.bench.training import main
+
+    raise typer.Exit(main(rows=rows, folder=folder))
+
+
 @bench.command("memory")
 def memory_command(
     part: Annotated[

@@ -23,7 +23,7 @@ PROMPTS = (512, 768, 1_024, 1_536, 2_048, 4_096, 8_192, 32_768, 131_072)
 DECODES = ((1, 512), (1, 8_192), (1, 131_072), (8, 32_768), (32, 1_024), (32, 8_192))
 NEW_TOKENS = 32
 # Prompts per turn and turns: short prompts vary more.
-TURNS, PER_TURN = 4, 5
+TURNS, PER_TURN = 4, 10
 LONG = 32_768  # from here on, one prompt per turn
 
 
@@ -69,12 +69,15 @@ def main(impls: tuple[str, ...] = COMPARED, folder: Path = results.FOLDER) -> in
     for impl in impls:
         with ExitStack() as stack:
             try:
-                sides = {name: Side(name, max(PROMPTS) + 256, 0.44) for name in (impl, "dense")}
-                for side in sides.values():
-                    stack.callback(side.close)
-                for side in sides.values():
-                    side.ask("ttft", 1, 512, 2)  # the first request compiles what warm-up did not cover
-                    side.times()
+                sides = {}
+                # One after the other: each measures the GPU's free memory while it starts.
+                for name in (impl, "dense"):
+                    sides[name] = Side(name, max(PROMPTS) + 256, 0.44)
+                    stack.callback(sides[name].close)
+                    sides[name].ask(
+                        "ttft", 1, 512, 2
+                    )  # the first request compiles what warm-up did not cover
+                    sides[name].times()
                 for kind, batch, context in works:
                     _measure(sides, impl, kind, batch, context, folder, here)
             except subprocess.CalledProcessError as failure:

@@ -56,12 +56,21 @@ def summary(choice: Choice) -> Row:
     }
 
 
-def option_line(options: PatternOptions, stored: PatternOptions | None, dense_layers: list[int]) -> str:
-    """What to give ``vllm serve``. stored: the options in the checkpoint, if it has any."""
-    power = {**options.set_by_user, "dense_layers": dense_layers}
-    if stored is not None and stored.effective != PatternOptions(**power).effective:
+def option_line(
+    options: PatternOptions,
+    stored: PatternOptions | None,
+    dense_layers: list[int],
+    others: Row | None = None,
+) -> str:
+    """What to give ``vllm serve``. stored: the options in the checkpoint, if it has any. others: more options."""
+    power = {**(others or {}), **options.set_by_user, "dense_layers": dense_layers}
+    if stored is not None and stored.effective != PatternOptions(**_of_pattern(power)).effective:
         power["override_checkpoint"] = True
     return f"--additional-config '{json.dumps({'power': power})}'"
+
+
+def _of_pattern(power: Row) -> Row:
+    return {name: value for name, value in power.items() if name in PatternOptions.model_fields}
 
 
 def show(console: Console, told: Row, layers: list[Row]) -> None:

@@ -14,7 +14,7 @@ from vllm_power.tools.calibrate.measure import Probe
 from vllm_power.tools.calibrate.text import windows
 from vllm_power.tools.common.command_options import json_object
 
-REMEDY_DENSE = "dense_layers is what calibrate looks for: leave it out of --options"
+REMEDY_DENSE = "dense_layers is what calibrate looks for: leave it out of --power"
 
 
 def run(
@@ -32,21 +32,18 @@ def run(
 
     Raises ValueError for options, a budget or a text that do not fit the model.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils.logging import disable_progress_bar
+    from transformers import AutoConfig
 
     console = Console()
-    disable_progress_bar()
     config = AutoConfig.from_pretrained(model)
-    stored = _stored(config)
     wanted = _options(given, config)
     text_config = config.get_text_config()
     windowed = sorted(layers.keeping_their_own(text_config))
     choose.check_budget(budget, text_config.num_hidden_layers - len(windowed))
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, device_map=device).eval()
+    loaded, tokenizer, stored = loaded_model(model, dtype, device)
     pattern = wanted.effective_pattern
     tokens = min(tokens, text_config.max_position_embeddings)
-    samples = windows(text.read_text(), AutoTokenizer.from_pretrained(model), pattern, tokens, count)
+    samples = windows(text.read_text(), tokenizer, pattern, tokens, count)
     console.print(
         f"{model} on {loaded.device}, {str(loaded.dtype).removeprefix('torch.')}; {pattern}; {len(samples)} windows of "
         f"{samples.shape[1]:,} tokens",
@@ -89,15 +86,25 @@ def run(
     return proposed
 
 
+def loaded_model(model: str, dtype: str, device: str) -> tuple[Any, Any, options.PatternOptions | None]:
+    """The model in evaluation mode, its tokenizer and the options that its config stores, if any."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, device_map=device).eval()
+    return loaded, AutoTokenizer.from_pretrained(model), _stored(loaded.config)
+
+
 def _stored(config: Any) -> options.PatternOptions | None:
-    """The checkpoint's options, as the server reads them."""
-    found = options.of_pattern(None, config)
-    return found if found.set_by_user else None
+    """The options that the checkpoint stores, if any."""
+    found = options.stored_in(config, config.get_text_config())
+    return None if found is None else options.PatternOptions.model_validate(found)
 
 
 def _options(given: str | None, config: Any) -> options.PatternOptions:
-    """What --options and the checkpoint say, save for dense layers."""
-    asked = json_object(given or "{}", "--options")
+    """What --power and the checkpoint say, save for dense layers."""
+    asked = json_object(given or "{}", "--power")
     if "dense_layers" in asked:
         raise ValueError(REMEDY_DENSE)
     found = options.of_pattern(asked, config).set_by_user

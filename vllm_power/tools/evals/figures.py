@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vllm_power.tools.common.intervals import wilson
 from vllm_power.tools.evals.items import Item
 from vllm_power.tools.evals.logprobs import agreement
 from vllm_power.tools.evals.settings import GRIDS, LOGPROBS
@@ -145,14 +146,6 @@ def ruler_means(accuracies: list[Accuracy]) -> list[Accuracy]:
             mean = sum(point.accuracy for point in points) / len(points)
             means.append(Accuracy("ruler", length, None, mean, *wilson(mean * count, count), count))
     return means
-
-
-def wilson(successes: float, count: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's interval of a share, at 95 % by default. Scores between 0 and 1 count as parts of a success."""
-    share = successes / count
-    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
-    spread = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return max(0.0, centre - spread), min(1.0, centre + spread)
 
 
 def perplexity(length: int, results: list[dict[str, Any]]) -> Perplexity:

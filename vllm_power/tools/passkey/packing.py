@@ -9,9 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 
-from vllm_power.hf.masks import LARGEST_TILE, listed
 from vllm_power.pattern import Pattern
 from vllm_power.tools.passkey.small_model import Mask, Rotation, Sizes, rotation_at
+
+# Tokens in a block of the mask. FlexAttention's kernels take tiles of up to as many, which must divide it.
+LARGEST_TILE = 128
 
 
 @dataclass(frozen=True)
@@ -57,3 +59,9 @@ def tile_mask(pattern: Pattern, documents: int, length: int, tile: int, device: 
 
 def _causal(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     return query >= key
+
+
+def listed(pairs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """FlexAttention's form of bool [query blocks, key blocks]: how many are true in each row, and which, they first."""
+    order = pairs.int().argsort(dim=1, descending=True, stable=True)
+    return pairs.sum(1, dtype=torch.int32)[None, None], order.int()[None, None].contiguous()

@@ -20,10 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vllm_power.hf.masks import LARGEST_TILE
 from vllm_power.pattern import preset
 from vllm_power.tools.common import passkey_data as data
-from vllm_power.tools.passkey.packing import Packing, pack
+from vllm_power.tools.passkey.packing import LARGEST_TILE, Packing, pack
 from vllm_power.tools.passkey.settings import Settings, Stage
 from vllm_power.tools.passkey.small_model import SmallModel
 

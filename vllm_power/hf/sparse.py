@@ -1,0 +1,178 @@
+"""Attention of whole texts by the training kernels, as an operator that torch.compile and autograd know."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vllm_power.hf.tiles import Lists
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The lists of a batch for the layers under the pattern, and for dense ones; None if there are none.
+
+    Not a tuple: loaders and trainers take tuples apart and put them together again, each in its own way.
+    """
+
+    pattern: Lists
+    dense: Lists | None = None
+
+    def to(self, device: Any, non_blocking: bool = False) -> "Plan":
+        """The same on ``device``."""
+        return self._each(lambda part: part.to(device, non_blocking))
+
+    def pin_memory(self) -> "Plan":
+        """The same in pinned memory."""
+        return self._each(Lists.pin_memory)
+
+    def of_layer(self, dense: bool) -> Lists:
+        """The lists of a layer. Raises ValueError if dense ones were not made."""
+        if not dense:
+            return self.pattern
+        if self.dense is None:
+            raise ValueError("power_plan has no lists for dense layers, and the model has some")
+        return self.dense
+
+    def _each(self, change: Callable[[Lists], Lists]) -> "Plan":
+        return Plan(change(self.pattern), None if self.dense is None else change(self.dense))
+
+
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, given: Lists, scale: float
+) -> torch.Tensor:
+    """query: [rows, H, Q, D], the last Q of the K tokens; key: [rows, G, K, D]; value: [rows, G, K, Dv]; G divides H.
+
+    All of one dtype, and lists for these rows and tokens on their device. Returns [rows, Q, H, Dv], contiguous, with
+    zeros for padding. Nothing is checked here: the lists say what is read.
+    """
+    states = (part.transpose(1, 2) for part in (query, key, value))
+    numbers = given.tile, given.parts, given.partial
+    return _attention(*states, *given.tensors, scale, *numbers)[0]
+
+
+@torch.library.custom_op("vllm_power::sparse_attention", mutates_args=())
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    tiles: torch.Tensor,
+    chunks: torch.Tensor,
+    sums: torch.Tensor,
+    entries: torch.Tensor,
+    scale: float,
+    tile: int,
+    parts: int,
+    partial: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output [rows, Q, H, Dv], and the logarithms of the softmax's sums, float32 [rows, H, Q]."""
+    from vllm_power.kernels import training_forward
+
+    query, key, value = map(_dense_heads, (query, key, value))
+    output, log_sums = _results(query, value)
+    training_forward.forward(
+        query, key, value, output, log_sums, tiles, entries, scale, tile, parts, partial,
+        launch("forward", query, tile),
+    )  # fmt: skip
+    return output, log_sums
+
+
+@_attention.register_fake
+def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *others: Any) -> Any:
+    return _results(query, value)
+
+
+@torch.library.custom_op("vllm_power::sparse_attention_backward", mutates_args=())
+def _gradients(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    output: torch.Tensor,
+    log_sums: torch.Tensor,
+    direction: torch.Tensor,
+    tiles: torch.Tensor,
+    chunks: torch.Tensor,
+    sums: torch.Tensor,
+    entries: torch.Tensor,
+    scale: float,
+    tile: int,
+    parts: int,
+    partial: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of query, key and value, each contiguous."""
+    from vllm_power.kernels import training_backward
+
+    query, key, value, direction = map(_dense_heads, (query, key, value, direction))
+    found = _shaped(query, key, value)
+    training_backward.backward(
+        query, key, value, output, log_sums, direction, found, tiles, chunks, sums, entries, scale, tile, parts,
+        partial, launch("query", query, tile), launch("key", query, tile),
+    )  # fmt: skip
+    return found
+
+
+@_gradients.register_fake
+def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *others: Any) -> Any:
+    return _shaped(query, key, value)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:3], *output, *inputs[3:7])
+    ctx.numbers = inputs[7:]
+
+
+def _backward(ctx: Any, direction: torch.Tensor, of_sums: torch.Tensor | None) -> tuple[Any, ...]:
+    query, key, value, output, log_sums, *lists = ctx.saved_tensors
+    found = _gradients(query, key, value, output, log_sums, direction, *lists, *ctx.numbers)
+    return (*found, *[None] * 8)
+
+
+_attention.register_autograd(_backward, setup_context=_keep)
+
+
+# By kernel, tile and whether a token's head is at most 128 bytes: warps, pipeline stages and tokens of a step. Measured
+# on an H200 over 8 rows of 8K with heads of 64 and blocks of 64, and a row of 32K with heads of 128, blocks of 256.
+LAUNCH = {
+    ("forward", 64, True): (4, 2, 64),
+    ("query", 64, True): (4, 3, 32),
+    ("key", 64, True): (4, 2, 64),
+    ("forward", 128, True): (8, 3, 64),
+    ("query", 128, True): (4, 3, 64),
+    ("key", 128, True): (4, 3, 64),
+    ("forward", 128, False): (8, 3, 64),
+    ("query", 128, False): (8, 3, 64),
+    ("key", 128, False): (8, 2, 64),
+}
+
+
+def launch(kernel: str, query: torch.Tensor, tile: int) -> dict[str, int]:
+    """How to launch a kernel: "forward", "query" or "key"."""
+    size = query.dtype.itemsize * query.shape[3]  # bytes of a token's head
+    found = LAUNCH.get((kernel, tile, size <= 128))
+    if found is None:  # what fits into shared memory
+        step = 64 if size <= 256 else 32 if size <= 512 else 16
+        found = (8 if tile > 64 else 4, 2 if size <= 256 else 1, min(tile, step))
+    return {
+        "num_warps": found[0],
+        "num_stages": found[1],
+        "BLOCK_M" if kernel == "key" else "BLOCK_N": found[2],
+    }
+
+
+def _results(query: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, tokens, heads, _ = query.shape
+    log_sums = query.new_empty((rows, heads, tokens), dtype=torch.float32)
+    return query.new_empty((rows, tokens, heads, value.shape[3])), log_sums
+
+
+def _shaped(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """New contiguous tensors of the same shapes."""
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _dense_heads(tensor: torch.Tensor) -> torch.Tensor:
+    """The same numbers, each head's side by side, as the kernels want them."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
