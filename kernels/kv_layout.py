@@ -1,6 +1,6 @@
-"""What the attention launchers require of their tensors, and what the portable kernels take alike.
+"""What the attention launchers require of their tensors, and the arguments that the portable kernels share.
 
-The KV cache of a layer is one tensor, as vLLM has it: [pages, G, page_size, 2 * D], each key before its value.
+The KV cache of a layer is one tensor in vLLM's layout: [pages, G, page_size, 2 * D], each key before its value.
 """
 
 from typing import Any
@@ -18,9 +18,11 @@ def split_cache(kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def check_tensors(query: torch.Tensor, kv_cache: torch.Tensor, output: torch.Tensor) -> None:
-    """Raise ValueError where the tensors of an attention call do not fit together."""
+    """Raise ValueError if the shapes or strides of an attention call's tensors do not match."""
     if output.shape != query.shape:
-        raise ValueError(f"query {tuple(query.shape)} and output {tuple(output.shape)} must be alike")
+        raise ValueError(
+            f"query {tuple(query.shape)} and output {tuple(output.shape)} must have the same shape"
+        )
     num_kv_heads, page_size, width = kv_cache.shape[1:]
     if 2 * query.shape[2] != width or query.shape[1] % num_kv_heads:
         raise ValueError(f"query {tuple(query.shape)} does not fit a cache of {tuple(kv_cache.shape)}")
@@ -41,16 +43,16 @@ def kernel_arguments(
     v_scale: torch.Tensor | None,
     sinks: torch.Tensor | None,
 ) -> dict[str, Any]:
-    """The arguments that the portable prefill and decode kernels share, by name."""
+    """Keyword arguments that the portable prefill and decode kernels share."""
     num_heads, head_size = query.shape[1:]
     num_kv_heads, page_size = kv_cache.shape[1:3]
     return {
         "query": query,
         "kv_cache": kv_cache,
         "output": output,
-        "query_start_loc": plan.query_start_loc,
+        "segment_start_loc": plan.segment_start_loc,
         "key_lens": plan.key_lens,
-        "page_table": plan.page_table,
+        "segment_pages": plan.segment_pages,
         "k_scale": k_scale,
         "v_scale": v_scale,
         "sinks": sinks,
@@ -59,7 +61,7 @@ def kernel_arguments(
         "query_strides": query.stride()[:2],
         "cache_strides": kv_cache.stride()[:3],
         "output_strides": output.stride()[:2],
-        "page_table_stride": plan.page_table.stride(0),
+        "segment_pages_stride": plan.segment_pages.stride(0),
         "num_kv_heads": num_kv_heads,
         "GROUP": num_heads // num_kv_heads,
         "SOFT_CAP": bool(soft_cap),

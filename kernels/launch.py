@@ -1,4 +1,4 @@
-"""Launch a kernel again without asking Triton which variant fits: that takes most of the host's time for a launch."""
+"""Relaunch a compiled kernel directly. Triton's per-launch specialization dominates the CPU launch overhead."""
 
 from collections.abc import Hashable
 from typing import Any
@@ -9,10 +9,10 @@ _compiled: dict[Hashable, Any] = {}
 def launch(
     kernel: Any, variant: Hashable, grid: tuple[int, int, int], arguments: tuple[Any, ...], **options: Any
 ) -> None:
-    """``kernel[grid](*arguments, **options)``, where ``arguments`` are all of the kernel's, in order.
+    """Run ``kernel[grid](*arguments, **options)``; ``arguments`` are all of the kernel's, in order.
 
-    variant: alike only for launches that Triton would compile alike. The first launch of a variant goes through Triton;
-    later ones use what it found.
+    variant: equal only for launches that Triton would compile to the same variant. The first launch of a variant goes
+    through Triton; later ones reuse its compiled kernel.
     """
     compiled = _compiled.get((kernel, variant))
     if compiled is None:

@@ -1,13 +1,13 @@
 """The plan: sparse attention as dense attention over a rewritten block table.
 
-A paged cache reaches keys through a table of pages. The new tokens of one request that lie in one query block all
-see the same key blocks: the earlier ones whole, their own block causally. So they are one ordinary causal attention
-problem whose keys are the visible blocks, in order, their own block last. Such a run of tokens is a **segment**; the
-plan lists a step's segments with a compact table of the visible pages of each. It is made once a step and serves every
-layer and every kernel that knows causal, paged, variable-length attention. Keys carry their rotary positions already,
-so leaving some out changes nothing else.
+A paged cache reaches keys through a table of pages. The new tokens of one request that lie in one query block all see
+the same key blocks: all keys of the earlier ones, and their own block causally. So they form one ordinary causal
+attention problem whose keys are the visible blocks, in order, their own block last. Such a run of tokens is a
+**segment**; the plan lists a step's segments with a compact table of the visible pages of each. It is built once per
+step and serves every layer and every kernel that supports causal, paged, variable-length attention. Keys carry their
+rotary positions already, so omitting some of them changes nothing else.
 
-Leading query blocks that see everything before them (``Pattern.dense_blocks``; 1,536 tokens by default) need no cut:
+Leading query blocks that see everything before them (``Pattern.dense_blocks``; 1,536 tokens by default) need no split:
 with ``merge_dense`` they form one segment. Rows that see everything (``pattern.RowRule``) form a segment of their own,
 over all pages up to its last row.
 """
@@ -21,21 +21,23 @@ from vllm_power.pattern import ENDLESS, PATTERN_ROWS, Pattern, RowRule
 
 @dataclass(frozen=True)
 class Plan:
-    """One step's segments. All tensors are int32 on one device; S segments, C columns of pages.
+    """One step's segments. All tensors are int32 on one device; S segments (the capacity), C columns of pages.
 
-    query_start_loc: [S + 1], where each segment's queries begin in the step's tokens.
+    segment_start_loc: [S + 1], start of each segment's queries among the step's tokens.
     key_lens: [S], keys of each segment, counted over its visible pages; its last query sees all of them.
-    page_table: [S, C], the visible pages in order of position. Entries past ``key_lens`` are 0 and never read.
-    num_used: [1], number of valid leading segments if the plan is padded to a fixed capacity; None if all are valid.
+    segment_pages: [S, C], the visible pages in order of position. Entries past ``key_lens`` are 0 and never read.
+    num_segments: [1], number of valid leading segments if the plan is padded to a fixed capacity (CUDA graphs); None if
+        all are valid. Segments past them have no query and no key.
     """
 
-    query_start_loc: torch.Tensor
+    segment_start_loc: torch.Tensor
     key_lens: torch.Tensor
-    page_table: torch.Tensor
-    num_used: torch.Tensor | None = None
+    segment_pages: torch.Tensor
+    num_segments: torch.Tensor | None = None
 
     @property
-    def num_segments(self) -> int:
+    def capacity(self) -> int:
+        """Segments that the plan has room for, padding included. Known on the host; launch grids follow from it."""
         return self.key_lens.shape[0]
 
 
@@ -43,7 +45,7 @@ class Plan:
 class VisibleBlocks:
     """The pattern as lookup tables: row q lists the blocks that query block q sees.
 
-    blocks: int64 [Q, V], ascending, filled up with 0 past the count.
+    blocks: int64 [Q, V], ascending, padded with 0 past the count.
     counts: int64 [Q].
     """
 
@@ -73,12 +75,12 @@ def build_plan(
     rule: RowRule = PATTERN_ROWS,
     prompt_lens: torch.Tensor | None = None,
 ) -> Plan:
-    """The plan of one step, in torch, on any device (on a GPU it waits for the number of segments).
+    """Build the plan of one step in torch, on any device. On a GPU the host waits for the number of segments.
 
-    query_start_loc: int [R + 1], where each request's new tokens begin; a request may have none.
-    seq_lens: int [R], tokens of each request, the new ones included.
-    page_table: int [R, P], the page of each ``page_size`` positions of a request.
-    merge_dense: leave the leading blocks that see everything before them in one segment.
+    query_start_loc: int [R + 1], start of each request's new tokens; a request may have none.
+    seq_lens: int [R], tokens of each request, including the new ones.
+    page_table: int [R, P], pages of each request, one per ``page_size`` positions.
+    merge_dense: keep the leading blocks that see everything before them in one segment.
     rule: which rows see everything. prompt_lens: int [R], needed if the rule has dense rows.
 
     Raises ValueError if ``page_size`` does not divide the pattern's block.
@@ -119,7 +121,7 @@ def build_plan(
     end = torch.where(is_dense, end[section], torch.minimum(end[section], block_start + block_size))
     key_lens = torch.where(is_dense, end, (visible.counts[block] - 1) * block_size + end - block_start)
 
-    # [S, V, pages of a block]: where in the request's table each visible page stands
+    # [S, V, pages of a block]: column of each visible page in the request's table
     pages_per_block = block_size // page_size
     columns = (visible.blocks[block] * pages_per_block).unsqueeze(-1)
     columns = (columns + torch.arange(pages_per_block, device=block.device)).flatten(1)
@@ -131,9 +133,9 @@ def build_plan(
     pages = page_table[request.unsqueeze(1), columns]
     used = torch.arange(pages.shape[1], device=pages.device) * page_size < key_lens.unsqueeze(1)
     return Plan(
-        query_start_loc=torch.cat(
+        segment_start_loc=torch.cat(
             [query_start_loc[request] + start - first_position[request], query_start_loc[-1:]]
         ).int(),
         key_lens=key_lens.int(),
-        page_table=(pages * used).int(),
+        segment_pages=(pages * used).int(),
     )

@@ -1,7 +1,7 @@
-"""The plan on the GPU: the same as ``plan.build_plan``, in one launch, into buffers that stay where they are.
+"""The plan on the GPU: the same as ``plan.build_plan``, in one launch, in buffers at fixed addresses.
 
-The number of segments is known only on the device. So the plan is padded to a bound that follows from shapes: unused
-segments have no query and no key. Nothing waits for the device, and a CUDA graph that reads the buffers stays valid.
+Only the device knows the number of segments. The plan is therefore padded to a capacity that follows from shapes;
+unused segments have no query and no key. The host waits for nothing, and CUDA graphs that read the buffers stay valid.
 """
 
 import torch
@@ -14,7 +14,7 @@ from vllm_power.pattern import PATTERN_ROWS, RowRule
 
 @triton.jit
 def _num_blocks(start, end, BLOCK_SIZE: tl.constexpr):
-    """How many blocks the positions start to end - 1 lie in."""
+    """Number of blocks that contain the positions start to end - 1."""
     return tl.where(end > start, (end - 1) // BLOCK_SIZE - start // BLOCK_SIZE + 1, 0)
 
 
@@ -22,7 +22,7 @@ def _num_blocks(start, end, BLOCK_SIZE: tl.constexpr):
 def _edges(
     length, num_queries, prompt_lens, request, exists, DENSE_TAIL: tl.constexpr, DENSE_DECODE: tl.constexpr
 ):
-    """The first new position of a request, and where its dense rows begin and end: both ``length`` if it has none."""
+    """First new position of a request, start and end of its dense rows; both are ``length`` if it has none."""
     first = length - num_queries
     dense_start = length
     dense_end = length
@@ -34,10 +34,10 @@ def _edges(
     return first, dense_start, dense_end
 
 
-# Numbers that vary from step to step must not each bring a variant of the kernel.
-# Nor must their alignment: the requests that prefill begin anywhere in the step's tensors.
+# Numbers that vary from step to step must not cause a new variant of the kernel. Neither must alignment: the requests
+# that prefill begin anywhere in the step's tensors.
 @triton.jit(
-    do_not_specialize=["num_requests", "num_segments", "page_table_stride"],
+    do_not_specialize=["num_requests", "capacity", "page_table_stride"],
     do_not_specialize_on_alignment=["query_start_loc", "seq_lens", "page_table", "prompt_lens"],
 )
 def _plan_kernel(
@@ -50,9 +50,9 @@ def _plan_kernel(
     segment_start_loc,
     key_lens,
     segment_pages,
-    num_used,
-    num_requests,
     num_segments,
+    num_requests,
+    capacity,
     page_table_stride,
     visible_stride,
     width,
@@ -66,7 +66,7 @@ def _plan_kernel(
     segment = tl.program_id(0)
     requests = tl.arange(0, REQUESTS_PAD)
     exists = requests < num_requests
-    # [REQUESTS_PAD]: how many segments each request has, and how many there are up to and with it
+    # [REQUESTS_PAD]: number of segments of each request, and their running total
     starts = tl.load(query_start_loc + requests, mask=exists, other=0)
     num_queries = tl.load(query_start_loc + requests + 1, mask=exists, other=0) - starts
     lengths = tl.load(seq_lens + requests, mask=exists, other=0)
@@ -79,7 +79,7 @@ def _plan_kernel(
     total = tl.sum(counts, 0)
     num_tokens = tl.load(query_start_loc + num_requests)
 
-    # The segment's request is the first one whose end lies past it.
+    # The segment's request is the first one whose running total exceeds the segment's number.
     request = tl.minimum(tl.sum((ends <= segment).to(tl.int32), 0), num_requests - 1)
     number = segment - tl.sum(tl.where(requests < request, counts, 0), 0)
     used = segment < total
@@ -112,10 +112,10 @@ def _plan_kernel(
         tl.store(segment_start_loc + segment, tl.where(used, request_start + start - first_new, num_tokens))
         tl.store(key_lens + segment, num_keys)
         if segment == 0:
-            tl.store(segment_start_loc + num_segments, num_tokens)
-            tl.store(num_used, total)
+            tl.store(segment_start_loc + capacity, num_tokens)
+            tl.store(num_segments, total)
 
-    # [COLUMNS]: the pages of the visible blocks; entries that hold no key stay 0 and are looked up nowhere
+    # [COLUMNS]: pages of the visible blocks; entries without keys are 0, without a lookup
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     PAGES_PER_BLOCK: tl.constexpr = BLOCK_SIZE // PAGE_SIZE
     holds_keys = columns * PAGE_SIZE < num_keys
@@ -131,15 +131,15 @@ def _plan_kernel(
 
 
 class PlanBuilder:
-    """Builds plans on one device, step after step, in buffers of its own: a plan holds until the next is built.
+    """Builds plans on one device, one per step, in its own buffers: a plan is valid until the next one is built.
 
-    visible: the pattern's tables on the device, for the longest sequence there can be.
+    visible: the pattern's tables on the device, for the longest possible sequence.
     page_size: tokens of a page; divides the pattern's block.
-    max_num_reqs, max_num_tokens: the most requests, and new tokens, of a step.
-    rule: which rows see everything. If it has any, a plan is as wide as the longest sequence and ``build`` needs prompt
-        lengths.
+    max_num_reqs, max_num_tokens: maximum number of requests and of new tokens of a step.
+    rule: which rows see everything. If there are any, a plan is as wide as the longest sequence and ``build`` needs
+        prompt lengths.
 
-    Raises ValueError where ``page_size`` does not divide the pattern's block.
+    Raises ValueError if ``page_size`` does not divide the pattern's block.
     """
 
     def __init__(
@@ -163,24 +163,24 @@ class PlanBuilder:
         self.segment_start_loc = torch.zeros(most + 1, dtype=torch.int32, device=device)
         self.key_lens = torch.zeros(most, dtype=torch.int32, device=device)
         self.segment_pages = torch.zeros(most, width, dtype=torch.int32, device=device)
-        self.num_used = torch.zeros(1, dtype=torch.int32, device=device)
+        self.num_segments = torch.zeros(1, dtype=torch.int32, device=device)
 
     def max_segments(self, num_reqs: int, num_tokens: int, max_query_len: int) -> int:
-        """The most segments that a step of these shapes can have; ``max_query_len`` new tokens a request at most."""
+        """Maximum number of segments of a step with these shapes; max_query_len: maximum new tokens per request."""
         cuts = 2 if self.rule.has_dense_rows else 0  # before and after the dense rows
         per_request = 1 + triton.cdiv(max_query_len - 1, self.block_size) + cuts
         return min(num_tokens, num_reqs * per_request, (2 + cuts) * num_reqs + num_tokens // self.block_size)
 
     @property
     def num_bytes(self) -> int:
-        """GPU memory that the builder holds on to."""
+        """GPU memory that the builder's tensors occupy."""
         tensors = (
             self.visible_blocks,
             self.visible_counts,
             self.segment_start_loc,
             self.key_lens,
             self.segment_pages,
-            self.num_used,
+            self.num_segments,
         )
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
@@ -193,24 +193,26 @@ class PlanBuilder:
         max_query_len: int,
         prompt_lens: torch.Tensor | None = None,
     ) -> Plan:
-        """The plan of one step, padded to ``max_segments``; no host waits, all lengths stay on the device.
+        """Build the plan of one step, padded to ``max_segments``. The host waits for nothing.
 
-        query_start_loc: int32 [R + 1]. seq_lens: int32 [R], new tokens included. page_table: int32 [R, P], columns past
-        a request's pages may hold anything. A request without new tokens (padding) may have any length.
-        num_tokens, max_query_len: bounds known to the host, of the step's tokens and of a request's.
-        prompt_lens: int32 [R], each request's prompt tokens; None if the rule has no dense rows.
+        query_start_loc: int32 [R + 1]. seq_lens: int32 [R], including new tokens. page_table: int32 [R, P]; columns
+        past a request's pages may hold anything. A request without new tokens (padding) may have any length.
+        num_tokens, max_query_len: bounds known to the host, on the step's tokens and on the new tokens of a request.
+        prompt_lens: int32 [R], prompt tokens of each request; None if the rule has no dense rows.
 
-        Unused segments begin and end at the number of real tokens, and have 0 keys and 0 for pages.
+        Unused segments start and end at the number of real tokens; their key lengths and pages are 0.
+
+        Raises ValueError if the buffers are too small for such a step.
         """
         num_reqs = seq_lens.shape[0]
-        num_segments = self.max_segments(num_reqs, num_tokens, max_query_len)
-        if num_segments > self.key_lens.shape[0]:
+        capacity = self.max_segments(num_reqs, num_tokens, max_query_len)
+        if capacity > self.key_lens.shape[0]:
             raise ValueError(
-                f"{num_segments} segments are more than the {self.key_lens.shape[0]} there is room for"
+                f"{capacity} segments are more than the {self.key_lens.shape[0]} there is room for"
             )
         width = self.segment_pages.shape[1]
         columns = min(1024, triton.next_power_of_2(width))
-        _plan_kernel[(num_segments, triton.cdiv(width, columns))](
+        _plan_kernel[(capacity, triton.cdiv(width, columns))](
             query_start_loc=query_start_loc,
             seq_lens=seq_lens,
             page_table=page_table,
@@ -220,9 +222,9 @@ class PlanBuilder:
             segment_start_loc=self.segment_start_loc,
             key_lens=self.key_lens,
             segment_pages=self.segment_pages,
-            num_used=self.num_used,
+            num_segments=self.num_segments,
             num_requests=num_reqs,
-            num_segments=num_segments,
+            capacity=capacity,
             page_table_stride=page_table.stride(0),
             visible_stride=self.visible_blocks.stride(0),
             width=width,
@@ -235,8 +237,8 @@ class PlanBuilder:
             num_warps=4,
         )
         return Plan(
-            query_start_loc=self.segment_start_loc[: num_segments + 1],
-            key_lens=self.key_lens[:num_segments],
-            page_table=self.segment_pages[:num_segments],
-            num_used=self.num_used,
+            segment_start_loc=self.segment_start_loc[: capacity + 1],
+            key_lens=self.key_lens[:capacity],
+            segment_pages=self.segment_pages[:capacity],
+            num_segments=self.num_segments,
         )

@@ -1,6 +1,9 @@
-"""Small Triton functions that the kernels share: packed rows, keys in the paged cache, and the running softmax.
+"""Small Triton functions that the kernels share: GQA packing, keys in the paged cache, and the online softmax.
 
 Scores are kept in base-2 units (natural units times log2(e)), so that a weight is one ``exp2``.
+
+The soft cap (``base2_scores``) and the softmax (``online_softmax``) stand a second time in ``prefill_sm90_consumer``:
+Triton and Gluon cannot share functions that compute on tensors. A change of one must be made in both.
 """
 
 import triton
@@ -8,16 +11,16 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
-# Where a row has seen no key yet. Finite, so that a tile without a visible key leaves zeros and not NaN.
+# row_max of a row that has seen no key yet. Finite, so that a tile without a visible key gives zeros and not NaN.
 NO_MAXIMUM = tl.constexpr(-1.0e30)
 
 
 @triton.jit
-def packed_rows(rows, num_tokens, kv_head, GROUP: tl.constexpr):
-    """Whether each of ``rows`` exists, its query token in the segment, and its head.
+def pack_gqa(rows, num_tokens, kv_head, GROUP: tl.constexpr):
+    """Per row: whether it exists, its query token in the segment, and its head.
 
-    All heads that share a KV head are packed into one tile: row r is token r // GROUP and head r % GROUP of the group.
-    Rows past the end repeat the last token.
+    All heads that share a KV head are packed into one tile (GQA packing): row r is token r // GROUP and head r % GROUP
+    of the group. Rows past the end repeat the last token.
     """
     token = tl.minimum(rows // GROUP, num_tokens - 1)
     return rows < num_tokens * GROUP, token, kv_head * GROUP + rows % GROUP
@@ -30,23 +33,23 @@ def row_pointers(base, token, head, columns, strides):
 
 
 @triton.jit
-def first_softmax(sinks, head, counts_sink):
-    """The running softmax before the first key: maximum and total, [BLOCK_M] each.
+def init_softmax(sinks, head, counts_sink):
+    """State of the online softmax before the first key: row_max and row_sum, [BLOCK_M] each.
 
-    sinks: pointer to a score for each head that belongs to no key, or None; it counts only where counts_sink is true.
+    sinks: pointer to one score per head that belongs to no key, or None; it counts only if counts_sink is true.
     """
-    maximum = tl.full(head.shape, NO_MAXIMUM, tl.float32)
-    total = tl.zeros(head.shape, tl.float32)
+    row_max = tl.full(head.shape, NO_MAXIMUM, tl.float32)
+    row_sum = tl.zeros(head.shape, tl.float32)
     if sinks is not None:
         sink = tl.load(sinks + head).to(tl.float32) * LOG2_E
-        maximum = tl.where(counts_sink, sink, maximum)
-        total = tl.where(counts_sink, 1.0, total)
-    return maximum, total
+        row_max = tl.where(counts_sink, sink, row_max)
+        row_sum = tl.where(counts_sink, 1.0, row_sum)
+    return row_max, row_sum
 
 
 @triton.jit
 def load_pages(pages, first_key, num_keys, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """int64: the page of keys first_key .. of a segment, or [BLOCK_N] where pages are smaller; 0 from num_keys on.
+    """int64: page of the keys from first_key on, or [BLOCK_N] pages if they are smaller; 0 past num_keys.
 
     pages: pointer to the segment's row of the plan's table. first_key: a multiple of BLOCK_N.
     """
@@ -59,16 +62,16 @@ def load_pages(pages, first_key, num_keys, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.
 
 @triton.jit
 def key_offsets(page, first_key, page_stride, token_stride, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """int64 [BLOCK_N]: offsets into a cache of keys first_key .. of a segment. page: as ``load_pages`` gives it."""
+    """int64 [BLOCK_N]: offsets of the keys from first_key into a cache. page: as returned by ``load_pages``."""
     slots = (first_key + tl.arange(0, BLOCK_N)) % PAGE_SIZE
     return page * page_stride + slots * token_stride
 
 
 @triton.jit
 def load_tile(cache, offsets, columns, num_rows, MASK_ROWS: tl.constexpr, HEAD_SIZE: tl.constexpr):
-    """[BLOCK_N, HEAD_PAD]: one tile of keys or values; zero in rows from num_rows on and in columns past HEAD_SIZE.
+    """[BLOCK_N, HEAD_PAD]: one tile of keys or values; 0 in rows past num_rows and in columns past HEAD_SIZE.
 
-    MASK_ROWS: False where all rows are known to exist, which spares their mask.
+    MASK_ROWS: False if all rows exist, which needs no mask.
     """
     pointers = cache + offsets[:, None] + columns[None, :]
     in_head = columns[None, :] < HEAD_SIZE
@@ -90,21 +93,22 @@ def base2_scores(query, key, scale, soft_cap, SOFT_CAP: tl.constexpr, PRECISION:
     scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
     if SOFT_CAP:
         # cap * tanh(x / cap) with tanh(x) = 1 - 2 / (exp(2 x) + 1)
-        bent = 1.0 - 2.0 / (tl.exp2(scores * (2.0 * LOG2_E / soft_cap)) + 1.0)
-        scores = bent * (soft_cap * LOG2_E)
+        tanh = 1.0 - 2.0 / (tl.exp2(scores * (2.0 * LOG2_E / soft_cap)) + 1.0)
+        scores = tanh * (soft_cap * LOG2_E)
     return scores
 
 
 @triton.jit
-def online_softmax(scores, maximum, total):
-    """One step of the running softmax over scores [BLOCK_M, BLOCK_N]; maximum and total: [BLOCK_M].
+def online_softmax(scores, row_max, row_sum):
+    """One step of the online softmax over scores [BLOCK_M, BLOCK_N]; row_max and row_sum: [BLOCK_M].
 
-    Returns the weights [BLOCK_M, BLOCK_N], the factor for what was accumulated before, and the new maximum and total.
+    Returns the weights [BLOCK_M, BLOCK_N], the rescale factor for what was accumulated before, and the new row_max and
+    row_sum.
     """
-    new_maximum = tl.maximum(maximum, tl.max(scores, 1))
-    weights = tl.exp2(scores - new_maximum[:, None])
-    decay = tl.exp2(maximum - new_maximum)
-    return weights, decay, new_maximum, total * decay + tl.sum(weights, 1)
+    new_row_max = tl.maximum(row_max, tl.max(scores, 1))
+    weights = tl.exp2(scores - new_row_max[:, None])
+    rescale = tl.exp2(row_max - new_row_max)
+    return weights, rescale, new_row_max, row_sum * rescale + tl.sum(weights, 1)
 
 
 @triton.jit
@@ -115,8 +119,8 @@ def attend(
     num_keys,
     query,
     accumulator,
-    maximum,
-    total,
+    row_max,
+    row_sum,
     kv_cache,
     columns,
     cache_strides,
@@ -129,15 +133,15 @@ def attend(
     PAGE_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Attend to the tile of keys that begins at first_key; returns accumulator, maximum and total.
+    """Attend to the tile of keys that begins at first_key; returns accumulator, row_max and row_sum.
 
-    page: the tile's, as ``load_pages`` gives it. kv_cache: pointer to the KV head's first key, whose value follows it.
-    visible_keys: int32 [BLOCK_M], how many of the segment's keys each row sees; looked at only where MASK.
+    page: the tile's, as returned by ``load_pages``. kv_cache: pointer to the KV head's first key; the value follows.
+    visible_keys: int32 [BLOCK_M], number of the segment's keys that each row sees; used only if MASK.
     """
     # [BLOCK_N, HEAD_PAD]
     offsets = key_offsets(page, first_key, cache_strides[0], cache_strides[2], PAGE_SIZE, BLOCK_N)
     key = load_tile(kv_cache, offsets, columns, num_keys - first_key, MASK, HEAD_SIZE).to(query.dtype)
-    # [BLOCK_N, HEAD_PAD]: asked for before the keys are used, so that both are under way together
+    # [BLOCK_N, HEAD_PAD]: loaded before the keys are used, so that both loads are in flight together
     values = kv_cache + HEAD_SIZE
     value = load_tile(values, offsets, columns, num_keys - first_key, MASK, HEAD_SIZE).to(query.dtype)
     # [BLOCK_M, BLOCK_N]
@@ -145,9 +149,9 @@ def attend(
     if MASK:
         keys = first_key + tl.arange(0, BLOCK_N)
         scores = tl.where(keys[None, :] < visible_keys[:, None], scores, float("-inf"))
-    weights, decay, maximum, total = online_softmax(scores, maximum, total)
+    weights, rescale, row_max, row_sum = online_softmax(scores, row_max, row_sum)
     # [BLOCK_M, HEAD_PAD]
     accumulator = tl.dot(
-        weights.to(query.dtype), value, accumulator * decay[:, None], input_precision=PRECISION
+        weights.to(query.dtype), value, accumulator * rescale[:, None], input_precision=PRECISION
     )
-    return accumulator, maximum, total
+    return accumulator, row_max, row_sum

@@ -15,7 +15,7 @@ def visibility_mask(
     rule: RowRule = PATTERN_ROWS,
     prompt_tokens: int = 0,
 ) -> torch.Tensor:
-    """bool [Q, num_keys]: which key position each query position sees. query_positions: int [Q].
+    """bool [Q, num_keys]: which key positions each query position sees. query_positions: int [Q].
 
     rule, prompt_tokens: which rows see everything, in a request of ``prompt_tokens`` prompt tokens.
     """
@@ -36,11 +36,11 @@ def attention(
     soft_cap: float = 0.0,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Masked attention of one request, computed in the dtype of its inputs (pass float32 or float64).
+    """Compute masked attention of one request in the dtype of its inputs (pass float32 or float64).
 
     query: [Q, H, D]; key: [K, G, D]; value: [K, G, Dv], with G dividing H; mask: bool [Q, K]. Returns [Q, H, Dv].
     sinks: [H], a score in each head's softmax that belongs to no key (attention sinks), or None.
-    Keys and values that no query sees may hold anything, NaN too.
+    Keys and values that no query sees may hold anything, including NaN.
     """
     group = query.shape[1] // key.shape[1]
     seen = mask.any(0)

@@ -1,7 +1,7 @@
 """Attention of whole texts under a pattern, backward: dQ by query tiles, dK and dV by the tiles that read a key tile.
 
-No program adds to what another one writes, so the gradients are the same in every run. Where far more query tiles read
-a key tile than most (a sink is read by all of them), its readers are shared out: each program writes its part in
+No program adds to what another one writes, so the gradients are the same in every run. If far more query tiles read a
+key tile than most (all of them read a sink), its readers are divided among several programs: each writes its part in
 float32, and a last kernel sums the parts.
 """
 
@@ -29,7 +29,7 @@ def _add_to_query(
     MASK: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr, HEAD: tl.constexpr, HEAD_PAD: tl.constexpr,
     VALUE: tl.constexpr, VALUE_PAD: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of a query tile, but for the scale, after BLOCK_N more keys."""
+    """Add the gradient of a query tile over BLOCK_N keys, without the scale."""
     keys = first_key + tl.arange(0, BLOCK_N)
     some = keys < length if CAUSAL else None
     key_tile = load_tokens(key, row, start + first_key, kv_head, key_strides, some, BLOCK_N, HEAD, HEAD_PAD)
@@ -85,7 +85,7 @@ def _query_kernel(
         direction, row, token, head, direction_strides, exists, TILE, VALUE, VALUE_PAD
     )
     output_tile = load_tokens(output, row, token, head, output_strides, exists, TILE, VALUE, VALUE_PAD)
-    # What the softmax takes off each row of gradients; the kernel for keys wants it too.
+    # What the softmax subtracts from each row of gradients; the kernel for keys needs it too.
     delta = tl.sum(output_tile.to(tl.float32) * direction_tile.to(tl.float32), 1)
     deltas += row.to(tl.int64) * log_sums_strides[0] + head * log_sums_strides[1] + token
     tl.store(deltas + tl.arange(0, TILE), delta, mask=exists)
@@ -128,7 +128,7 @@ def _add_to_key(
     MASK: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr, HEAD: tl.constexpr, HEAD_PAD: tl.constexpr,
     VALUE: tl.constexpr, VALUE_PAD: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of a key tile, dK but for the scale, after BLOCK_M more queries of one head."""
+    """Add the gradients of a key tile over BLOCK_M queries of one head, dK without the scale."""
     # [BLOCK_M]
     positions = first_query + tl.arange(0, BLOCK_M)
     token = start + first_query - shift
@@ -207,7 +207,7 @@ def _key_kernel(
                     keys, dense_from, dense_to, tl.load(entry + 1),
                     True, False, PRECISION, HEAD, HEAD_PAD, VALUE, VALUE_PAD, TILE, PARTS, BLOCK_M,
                 )  # fmt: skip
-        # Its own queries, where this program has them: those who see keys of their own tile are causal.
+        # The tile's own queries, if this program has them, see its keys causally.
         own_steps = tl.where(own_bits != 0, GROUP * PER_TILE, 0)
         for step in range(0, own_steps):
             head = kv_head * GROUP + step % GROUP
@@ -235,7 +235,7 @@ def _key_kernel(
             VALUE,
             VALUE_PAD,
         )
-    else:  # parts are [parts, G, TILE, pad], whole
+    else:  # parts are full tiles, [parts, G, TILE, pad]
         tile = (part.to(tl.int64) * tl.num_programs(0) + kv_head) * TILE + tl.arange(0, TILE)[:, None]
         tl.store(key_parts + tile * HEAD_PAD + tl.arange(0, HEAD_PAD)[None, :], of_key)
         tl.store(value_parts + tile * VALUE_PAD + tl.arange(0, VALUE_PAD)[None, :], of_value)
@@ -246,7 +246,7 @@ def _sum_kernel(
     parts, gradient, sums, gradient_strides, HEAD: tl.constexpr, HEAD_PAD: tl.constexpr, TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK tokens of a key tile whose readers were shared out."""
+    """Sum the parts of BLOCK tokens of a key tile whose readers several programs had."""
     kv_head = tl.program_id(0)
     record = sums + tl.program_id(1) * WORDS
     if tl.load(record) == NOTHING:
@@ -282,11 +282,11 @@ def backward(
     of_query: dict[str, int],
     of_key: dict[str, int],
 ) -> None:
-    """Write the gradients of query, key and value: ``gradients``, shaped as they are.
+    """Write the gradients of query, key and value: ``gradients``, of the same shapes.
 
-    direction: the gradient of ``output``; both and log_sums are shaped as in the forward kernel. chunks and sums, as
-    the rest: of a vllm_power.hf.tiles.Lists. of_query: num_warps, num_stages and BLOCK_N, the keys of a step; of_key:
-    the same with BLOCK_M, the queries of a step.
+    direction: the gradient of ``output``; both and log_sums are shaped as in the forward kernel. chunks and sums,
+    like the rest: of a vllm_power.hf.tiles.Lists. of_query: num_warps, num_stages and BLOCK_N, the keys per step;
+    of_key: the same with BLOCK_M, the queries per step.
     """
     heads, head = query.shape[2:]
     kv_heads, width = value.shape[2:]
@@ -329,7 +329,7 @@ def backward(
         **sizes,
         **of_query,
     )
-    shape = (len(chunks), kv_heads, tile)  # no more parts than chunks
+    shape = (len(chunks), kv_heads, tile)  # at most as many parts as chunks
     key_parts, value_parts = (query.new_empty(*shape, pad, dtype=torch.float32) for pad in pads)
     _key_kernel[(kv_heads, len(chunks))](
         **common,

@@ -1,7 +1,8 @@
-"""Attention of whole texts under a pattern, forward: one program a query tile and head.
+"""Attention of whole texts under a pattern, forward: one program per query tile and head.
 
-A query tile reads the key tiles that its list names. Most of them every query sees whole, so no mask is computed: only
-the tile's own keys are causal, and only tiles larger than a block, or with some rows that see everything, need more.
+A query tile reads the key tiles that its list names. For most of them, every query sees all keys, so that no mask is
+computed: only the tile's own keys are causal, and only tiles larger than a block, or with some rows that see
+everything, need another mask.
 """
 
 import torch
@@ -23,31 +24,31 @@ from vllm_power.kernels.training_tiles import (
 
 @triton.jit
 def _attend(
-    query_tile, accumulator, maximum, total, key, value, row, start, first_key, length, kv_head,
+    query_tile, accumulator, row_max, row_sum, key, value, row, start, first_key, length, kv_head,
     key_strides, value_strides, scale, positions, dense, bits,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr, HEAD: tl.constexpr, HEAD_PAD: tl.constexpr,
     VALUE: tl.constexpr, VALUE_PAD: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The running softmax after BLOCK_N more keys."""
+    """One step of the online softmax, over BLOCK_N keys: the new accumulator, row_max and row_sum."""
     keys = first_key + tl.arange(0, BLOCK_N)
-    some = keys < length if CAUSAL else None  # past the text's end lies another one
+    some = keys < length if CAUSAL else None  # another text follows the end of this one
     # [BLOCK_N, HEAD_PAD]
     key_tile = load_tokens(key, row, start + first_key, kv_head, key_strides, some, BLOCK_N, HEAD, HEAD_PAD)
     scores = tl.dot(query_tile, tl.trans(key_tile), input_precision=PRECISION) * scale
     if MASK:
         seen = sees(positions[:, None], keys[None, :], dense[:, None], bits, CAUSAL, TILE, PARTS)
         scores = tl.where(seen, scores, float("-inf"))
-    new_maximum = tl.maximum(maximum, tl.max(scores, 1))
-    weights = tl.exp2(scores - new_maximum[:, None])
-    rescale = tl.exp2(maximum - new_maximum)
-    total = total * rescale + tl.sum(weights, 1)
+    new_row_max = tl.maximum(row_max, tl.max(scores, 1))
+    weights = tl.exp2(scores - new_row_max[:, None])
+    rescale = tl.exp2(row_max - new_row_max)
+    row_sum = row_sum * rescale + tl.sum(weights, 1)
     # [BLOCK_N, VALUE_PAD]
     value_tile = load_tokens(
         value, row, start + first_key, kv_head, value_strides, some, BLOCK_N, VALUE, VALUE_PAD
     )
     accumulator = accumulator * rescale[:, None]
     accumulator = tl.dot(weights.to(value_tile.dtype), value_tile, accumulator, input_precision=PRECISION)
-    return accumulator, new_maximum, total
+    return accumulator, new_row_max, row_sum
 
 
 @triton.jit(do_not_specialize=["shift"])
@@ -85,14 +86,14 @@ def _forward_kernel(
     query_tile = load_tokens(query, row, token, head, query_strides, exists, TILE, HEAD, HEAD_PAD)
     scale *= LOG2_E
     accumulator = tl.zeros([TILE, VALUE_PAD], tl.float32)
-    maximum = tl.full([TILE], NO_MAXIMUM, tl.float32)
-    total = tl.zeros([TILE], tl.float32)
+    row_max = tl.full([TILE], NO_MAXIMUM, tl.float32)
+    row_sum = tl.zeros([TILE], tl.float32)
     PER_TILE: tl.constexpr = TILE // BLOCK_N
     for step in range(0, num_whole * PER_TILE):
         key_tile_number = tl.load(entries + (whole + step // PER_TILE) * 2)
         first_key = key_tile_number * TILE + step % PER_TILE * BLOCK_N
-        accumulator, maximum, total = _attend(
-            query_tile, accumulator, maximum, total, key, value, row, start, first_key, length, kv_head,
+        accumulator, row_max, row_sum = _attend(
+            query_tile, accumulator, row_max, row_sum, key, value, row, start, first_key, length, kv_head,
             key_strides, value_strides, scale, positions, dense, 0,
             False, False, PRECISION, HEAD, HEAD_PAD, VALUE, VALUE_PAD, TILE, PARTS, BLOCK_N,
         )  # fmt: skip
@@ -100,22 +101,21 @@ def _forward_kernel(
         for step in range(0, num_partial * PER_TILE):
             entry = entries + (partial + step // PER_TILE) * 2
             first_key = tl.load(entry) * TILE + step % PER_TILE * BLOCK_N
-            accumulator, maximum, total = _attend(
-                query_tile, accumulator, maximum, total, key, value, row, start, first_key, length, kv_head,
+            accumulator, row_max, row_sum = _attend(
+                query_tile, accumulator, row_max, row_sum, key, value, row, start, first_key, length, kv_head,
                 key_strides, value_strides, scale, positions, dense, tl.load(entry + 1),
                 True, False, PRECISION, HEAD, HEAD_PAD, VALUE, VALUE_PAD, TILE, PARTS, BLOCK_N,
             )  # fmt: skip
     for step in range(0, PER_TILE):
-        accumulator, maximum, total = _attend(
-            query_tile, accumulator, maximum, total, key, value, row, start, number * TILE + step * BLOCK_N, length,
+        accumulator, row_max, row_sum = _attend(
+            query_tile, accumulator, row_max, row_sum, key, value, row, start, number * TILE + step * BLOCK_N, length,
             kv_head, key_strides, value_strides, scale, positions, dense, own_bits,
             True, True, PRECISION, HEAD, HEAD_PAD, VALUE, VALUE_PAD, TILE, PARTS, BLOCK_N,
         )  # fmt: skip
-    store_tokens(
-        output, row, token, head, output_strides, exists, accumulator / total[:, None], TILE, VALUE, VALUE_PAD
-    )
+    attended = accumulator / row_sum[:, None]
+    store_tokens(output, row, token, head, output_strides, exists, attended, TILE, VALUE, VALUE_PAD)
     log_sums += row.to(tl.int64) * log_sums_strides[0] + head * log_sums_strides[1] + token
-    tl.store(log_sums + tl.arange(0, TILE), maximum + tl.log2(total), mask=exists)
+    tl.store(log_sums + tl.arange(0, TILE), row_max + tl.log2(row_sum), mask=exists)
 
 
 def forward(
@@ -135,9 +135,9 @@ def forward(
     """Write the attention of every token that ``tiles`` covers.
 
     query: [rows, Q, H, D], the last Q of K tokens; key: [rows, K, G, D]; value and output: [rows, K or Q, G or H, Dv],
-    each with a last dimension that lies side by side. log_sums: float32 [rows, H, Q], the base-2 logarithm of the
+    each with a contiguous last dimension. log_sums: float32 [rows, H, Q], the base-2 logarithm of the
     softmax's sum. tiles, entries, tile, parts and partial: of a vllm_power.hf.tiles.Lists.
-    launch: BLOCK_N, the keys of a step, which divide a tile; num_warps and num_stages.
+    launch: BLOCK_N (keys per step, a divisor of the tile), num_warps and num_stages.
     """
     heads, head = query.shape[2:]
     width = value.shape[3]

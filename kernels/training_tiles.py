@@ -1,6 +1,6 @@
 """Small Triton functions that the training kernels share: records of tiles, loads of tokens, and who sees whom.
 
-Records, lists and their words are written by vllm_power/hf/tiles.py, which is also where they are described.
+vllm_power/hf/tiles.py writes the records, lists and their words, and describes them.
 """
 
 import triton
@@ -18,7 +18,7 @@ PADDING = tl.constexpr(2)
 
 @triton.jit
 def load_text(record):
-    """Of a record: row, the text's first token and length, the tile's number, and which positions see everything."""
+    """From a record: row, the text's first token and length, the tile's number, the positions that see everything."""
     row = tl.load(record + 1)
     start = tl.load(record + 2)
     length = tl.load(record + 3)
@@ -71,7 +71,7 @@ def store_tokens(
 
 @triton.jit
 def load_rows(base, row, token, head, strides, some, other, BLOCK: tl.constexpr):
-    """[BLOCK]: a number for each token, of a tensor [rows, heads, T]; ``other`` where there is no token."""
+    """[BLOCK]: a number for each token, of a tensor [rows, heads, T]; ``other`` if there is no token."""
     base += row.to(tl.int64) * strides[0] + head * strides[1] + token
     return tl.load(base + tl.arange(0, BLOCK), mask=some, other=other)
 
@@ -81,7 +81,7 @@ def sees(queries, keys, dense, bits, CAUSAL: tl.constexpr, TILE: tl.constexpr, P
     """bool: whether queries see keys, both positions in their text and of shapes that broadcast.
 
     dense: queries that see everything. bits: bit i * PARTS + j says that part i of the query tile sees part j of the
-    key tile; a part is a block of the pattern, or the tile where blocks are larger.
+    key tile; a part is a block of the pattern, or the tile if blocks are larger.
     """
     if PARTS == 1:
         seen = dense | (bits != 0)

@@ -118,7 +118,7 @@ def test_a_step_equals_the_oracle(config, builder, requests, decodes, prefills, 
 def test_plans_stay_in_their_buffers(builder):
     steps = [make_step(PATTERN, [Request(length, 1)], PAGE_SIZE, 4, 2, 64) for length in (100, 900)]
     plans = [metadata_of(builder, step).parts[0].plan for step in steps]
-    for name in ("query_start_loc", "key_lens", "page_table"):
+    for name in ("segment_start_loc", "key_lens", "segment_pages"):
         assert getattr(plans[0], name).data_ptr() == getattr(plans[1], name).data_ptr()
 
 

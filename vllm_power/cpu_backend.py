@@ -99,11 +99,11 @@ class PowerCpuMetadataBuilder(CPUAttentionMetadataBuilder):
 def over_plan(step: CommonAttentionMetadata, plan: Plan) -> CommonAttentionMetadata:
     """The step with the plan's segments in place of its requests; tokens and cache slots stay as they are."""
     return step.replace(
-        query_start_loc=plan.query_start_loc,
-        query_start_loc_cpu=plan.query_start_loc,
+        query_start_loc=plan.segment_start_loc,
+        query_start_loc_cpu=plan.segment_start_loc,
         seq_lens=plan.key_lens,
-        num_reqs=plan.num_segments,
-        block_table_tensor=plan.page_table,
+        num_reqs=plan.capacity,
+        block_table_tensor=plan.segment_pages,
     )
 
 

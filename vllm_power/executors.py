@@ -114,13 +114,13 @@ def flash_attn(part: Part, layer: LayerCall) -> None:
         k=key_cache,
         v=value_cache,
         out=layer.output,
-        cu_seqlens_q=plan.query_start_loc,
+        cu_seqlens_q=plan.segment_start_loc,
         max_seqlen_q=part.max_query_len,
         seqused_k=plan.key_lens,
-        max_seqlen_k=plan.page_table.shape[1] * key_cache.shape[1],
+        max_seqlen_k=plan.segment_pages.shape[1] * key_cache.shape[1],
         softmax_scale=layer.scale,
         causal=True,
-        block_table=plan.page_table,
+        block_table=plan.segment_pages,
         softcap=layer.soft_cap,
         s_aux=layer.sinks,
         scheduler_metadata=part.schedule,
@@ -136,12 +136,12 @@ def reference(part: Part, layer: LayerCall) -> None:
     """
     plan, page_size = part.plan, layer.kv_cache.shape[2]
     key_cache, value_cache = split_cache(layer.kv_cache)
-    starts, lengths = plan.query_start_loc.tolist(), plan.key_lens.tolist()
+    starts, lengths = plan.segment_start_loc.tolist(), plan.key_lens.tolist()
     for segment, num_keys in enumerate(lengths):
         start, end = starts[segment : segment + 2]
         if start == end:
             continue
-        pages = plan.page_table[segment, : -(-num_keys // page_size)].long()
+        pages = plan.segment_pages[segment, : -(-num_keys // page_size)].long()
         key, value = (
             cache[pages].flatten(0, 1)[:num_keys].float() * (1.0 if scale is None else scale)
             for cache, scale in ((key_cache, layer.k_scale), (value_cache, layer.v_scale))
@@ -210,7 +210,7 @@ class FlashSchedule:
         plan, in_graph = part.plan, num_tokens <= self.graph_tokens
         part.num_splits = self.max_splits if in_graph else 0
         schedule = get_scheduler_metadata(
-            batch_size=plan.num_segments,
+            batch_size=plan.capacity,
             max_seqlen_q=part.max_query_len,
             max_seqlen_k=max_seq_len,
             num_heads_q=self.num_heads,
@@ -218,7 +218,7 @@ class FlashSchedule:
             headdim=self.spec.head_size,
             cache_seqlens=plan.key_lens,
             qkv_dtype=self.spec.dtype,
-            cu_seqlens_q=plan.query_start_loc,
+            cu_seqlens_q=plan.segment_start_loc,
             page_size=self.spec.block_size,
             causal=True,
             window_size=(-1, -1),

@@ -211,7 +211,9 @@ class PowerMetadataBuilder(AttentionMetadataBuilder[PowerMetadata]):
             plan, slice(0, num_tokens), max_query_len, True, self.decode_executor, self.buffers.workspace
         )
         if self.schedule is not None:
-            self.schedule.add_to(part, num_tokens, max_seq_len or plan.page_table.shape[1] * self.page_size)
+            self.schedule.add_to(
+                part, num_tokens, max_seq_len or plan.segment_pages.shape[1] * self.page_size
+            )
         return part
 
     def prefill_part(
@@ -236,9 +238,9 @@ class PowerMetadataBuilder(AttentionMetadataBuilder[PowerMetadata]):
             return torch.from_numpy(numbers).to(self.device, non_blocking=True)
 
         starts = np.concatenate([[0], runs.num_rows.cumsum()]).astype(np.int32)
-        num_used = np.array([len(runs.request)], np.int32)
+        num_segments = np.array([len(runs.request)], np.int32)
         pages = page_table.index_select(0, put(runs.request))
-        plan = Plan(put(starts), put(runs.num_keys), pages, put(num_used))
+        plan = Plan(put(starts), put(runs.num_keys), pages, put(num_segments))
         first = int(runs.first_row[0])
         rows: slice | torch.Tensor = slice(first, first + int(starts[-1]))
         if len(runs.request) > 1:

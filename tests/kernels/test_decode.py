@@ -1,4 +1,4 @@
-"""The decode kernel and its merge against the oracle, with NaN in all that must not be read."""
+"""The decode kernel and its combine kernel against the oracle, with NaN in all that must not be read."""
 
 import functools
 
@@ -16,22 +16,22 @@ from vllm_power.pattern import Pattern
 LENGTHS = (0, 1, 62, 63, 64, 255, 383, 384, 1022, 1023, 1024)
 
 
-def check(requests, page_size=64, pattern=SMALL, *, device, pieces=None, **case) -> None:
+def check(requests, page_size=64, pattern=SMALL, *, device, splits=None, **case) -> None:
     longest = max(request.new for request in requests)
-    kernel = functools.partial(decode, max_query_len=longest, num_pieces=pieces)
+    kernel = functools.partial(decode, max_query_len=longest, num_splits=splits)
     harness.check(kernel, requests, page_size, pattern, device=device, **case)
 
 
-@pytest.mark.parametrize("pieces", [1, 2, 3, 8, None], ids="pieces-{}".format)
-def test_lengths(pieces: int | None, device: torch.device) -> None:
-    check([Request(length, 1) for length in LENGTHS], device=device, pieces=pieces, dtype=BFLOAT16)
+@pytest.mark.parametrize("splits", [1, 2, 3, 8, None], ids="splits-{}".format)
+def test_lengths(splits: int | None, device: torch.device) -> None:
+    check([Request(length, 1) for length in LENGTHS], device=device, splits=splits, dtype=BFLOAT16)
 
 
 @pytest.mark.parametrize("drafts", [1, 7])
-@pytest.mark.parametrize("pieces", [1, 4], ids="pieces-{}".format)
-def test_draft_tokens_cross_a_block(drafts: int, pieces: int, device: torch.device) -> None:
+@pytest.mark.parametrize("splits", [1, 4], ids="splits-{}".format)
+def test_draft_tokens_cross_a_block(drafts: int, splits: int, device: torch.device) -> None:
     requests = [Request(length, 1 + drafts) for length in (0, 57, 60, 63, 64, 446, 700)]
-    check(requests, 16, device=device, pieces=pieces, dtype=BFLOAT16, heads=14, kv_heads=2)
+    check(requests, 16, device=device, splits=splits, dtype=BFLOAT16, heads=14, kv_heads=2)
 
 
 @pytest.mark.parametrize("page_size", [16, 32, 64, 128, 256], ids="page-{}".format)
@@ -60,11 +60,11 @@ def test_fp8_cache(page_size: int, device: torch.device) -> None:
     check([Request(440, 1)], page_size, device=device, dtype=BFLOAT16, fp8=True)
 
 
-@pytest.mark.parametrize("pieces", [1, 4], ids="pieces-{}".format)
+@pytest.mark.parametrize("splits", [1, 4], ids="splits-{}".format)
 @pytest.mark.parametrize("soft_cap", [0.0, 1.5], ids="cap-{}".format)
-def test_attention_sinks(pieces: int, soft_cap: float, device: torch.device) -> None:
+def test_attention_sinks(splits: int, soft_cap: float, device: torch.device) -> None:
     requests = [Request(0, 1), Request(440, 3), Request(700, 1)]
-    check(requests, 16, device=device, pieces=pieces, soft_cap=soft_cap, with_sinks=True, dtype=BFLOAT16)
+    check(requests, 16, device=device, splits=splits, soft_cap=soft_cap, with_sinks=True, dtype=BFLOAT16)
 
 
 def test_padded_requests(device: torch.device) -> None:
@@ -78,16 +78,16 @@ def test_a_workspace_is_enough_for_any_batch(device: torch.device) -> None:
         output = run(functools.partial(decode, workspace=workspace), step, SMALL, device, scale=0.25)
         assert_accurate(output, step, SMALL, 0.25)
     with pytest.raises(ValueError, match="workspace"):
-        run(functools.partial(decode, workspace=workspace[:9]), step, SMALL, device, scale=0.25, num_pieces=2)
+        run(functools.partial(decode, workspace=workspace[:9]), step, SMALL, device, scale=0.25, num_splits=2)
 
 
 def test_splits_a_small_batch_and_not_a_large_one(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    merges = []
-    monkeypatch.setattr(decode_module, "merge", lambda *arguments, **options: merges.append(arguments))
+    combines = []
+    monkeypatch.setattr(decode_module, "combine", lambda *arguments, **options: combines.append(arguments))
     monkeypatch.setattr(tuning, "wanted_programs", lambda num_multiprocessors: 8)
     for batch in (1, 4):
         step = make_step(SMALL, [Request(200, 1)] * batch, 64)
         run(decode, step, SMALL, device, scale=0.25)
-    assert len(merges) == 1
+    assert len(combines) == 1

@@ -13,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from vllm_power.kernels import launch, prefill_hopper
+from vllm_power.kernels import launch, prefill_sm90
 from vllm_power.kernels.plan import Plan
 
 pytestmark = pytest.mark.skipif(
@@ -55,7 +55,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list:
     monkeypatch.setattr(triton.runtime.driver, "_active", driver)
     monkeypatch.setattr(JITFunction, "_do_compile", compiled)
     monkeypatch.setattr(launch, "_compiled", {})
-    monkeypatch.setattr(prefill_hopper, "_num_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(prefill_sm90, "num_multiprocessors", lambda device: 132)
     return notes
 
 
@@ -72,7 +72,7 @@ def call(
     )
     plan = Plan(starts, lengths, pages, used if tokens > 300 else None)
     sinks = torch.zeros(heads, dtype=dtype) if with_sinks else None
-    prefill_hopper.prefill(
+    prefill_sm90.prefill(
         query, cache, output[..., :head_size], plan, 0.1 * segments, soft_cap, sinks, min(tokens, 256)
     )
 

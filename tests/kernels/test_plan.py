@@ -17,10 +17,10 @@ def dense_over_plan(step: Step, plan: Plan, scale: float) -> torch.Tensor:
     """What any dense, causal, paged kernel computes when the plan's segments are its requests. [T, H, D] float64."""
     page_size = step.key_cache.shape[1]
     output = torch.full_like(step.query, float("nan"), dtype=torch.float64)
-    for segment in range(plan.num_segments):
-        start, end = plan.query_start_loc[segment : segment + 2].tolist()
+    for segment in range(plan.capacity):
+        start, end = plan.segment_start_loc[segment : segment + 2].tolist()
         keys = int(plan.key_lens[segment])
-        pages = plan.page_table[segment, : -(-keys // page_size)].long()
+        pages = plan.segment_pages[segment, : -(-keys // page_size)].long()
         key, value = (
             cache[pages].flatten(0, 1)[:keys].double() for cache in (step.key_cache, step.value_cache)
         )
@@ -44,7 +44,7 @@ def check(step: Step, pattern: Pattern, merge_dense: bool) -> Plan:
         step.rule,
         step.prompt_lens if step.rule.has_dense_rows else None,
     )
-    assert plan.query_start_loc.dtype == plan.key_lens.dtype == plan.page_table.dtype == torch.int32
+    assert plan.segment_start_loc.dtype == plan.key_lens.dtype == plan.segment_pages.dtype == torch.int32
     expected = step.oracle(pattern, 0.25)
     torch.testing.assert_close(dense_over_plan(step, plan, 0.25), expected, rtol=1e-9, atol=1e-9)
     return plan
@@ -85,9 +85,9 @@ def test_dense_rows_are_one_segment_over_all_pages():
     rule = RowRule(dense_tail=300, dense_decode=True)
     requests = [Request(0, 3000, prompt=3000), Request(2900, 1, prompt=3000), Request(4000, 2, prompt=3500)]
     plan = check(make_step(POWER, requests, 64, 2, 1, 8, rule=rule), POWER, merge_dense=True)
-    assert plan.query_start_loc.tolist() == [0, 1536, 1792, 2048, 2304, 2560, 2700, 3000, 3001, 3003]
+    assert plan.segment_start_loc.tolist() == [0, 1536, 1792, 2048, 2304, 2560, 2700, 3000, 3001, 3003]
     assert plan.key_lens.tolist()[-3:] == [3000, 2901, 4002]
-    assert plan.page_table.shape[1] == -(-4002 // 64)
+    assert plan.segment_pages.shape[1] == -(-4002 // 64)
 
 
 BOUNDARIES = [1, 2, 255, 256, 257, 511, 513, 1535, 1536, 1537, 2047, 2049, 4095, 4097]
@@ -102,27 +102,27 @@ def test_prefill_of_every_boundary_length(page_size):
 def test_decode_at_every_boundary():
     requests = [Request(length - 1, 1) for length in BOUNDARIES]
     plan = check(make_step(POWER, requests, 16, 2, 1, 8), POWER, merge_dense=False)
-    assert plan.num_segments == len(requests)
-    assert plan.page_table.shape[1] == len(POWER.visible_blocks(16)) * 16
+    assert plan.capacity == len(requests)
+    assert plan.segment_pages.shape[1] == len(POWER.visible_blocks(16)) * 16
 
 
 def test_draft_tokens_across_a_block_boundary_make_two_segments():
     plan = check(make_step(POWER, [Request(4 * 2048 - 2, 5)], 64, 2, 1, 8), POWER, merge_dense=False)
-    assert plan.query_start_loc.tolist() == [0, 2, 5]
+    assert plan.segment_start_loc.tolist() == [0, 2, 5]
 
 
 def test_merging_leaves_a_short_prompt_whole():
     requests = [Request(0, 1536), Request(300, 1236), Request(0, 1537)]
     step = make_step(POWER, requests, 128, 2, 1, 8)
-    assert check(step, POWER, merge_dense=True).query_start_loc.tolist() == [0, 1536, 2772, 4308, 4309]
-    assert check(step, POWER, merge_dense=False).num_segments == 6 + 5 + 7
+    assert check(step, POWER, merge_dense=True).segment_start_loc.tolist() == [0, 1536, 2772, 4308, 4309]
+    assert check(step, POWER, merge_dense=False).capacity == 6 + 5 + 7
 
 
 def test_full_pattern_is_the_request_itself():
     plan = check(
         make_step(preset("full"), [Request(0, 2000), Request(900, 3)], 64, 2, 1, 8), preset("full"), True
     )
-    assert plan.query_start_loc.tolist() == [0, 2000, 2003]
+    assert plan.segment_start_loc.tolist() == [0, 2000, 2003]
     assert plan.key_lens.tolist() == [2000, 903]
 
 
@@ -132,14 +132,14 @@ def test_no_requests_and_only_padded_ones():
         plan = build_plan(
             torch.zeros(rows + 1).int(), torch.zeros(rows).int(), torch.ones(rows, 16).int(), visible, 256
         )
-        assert plan.num_segments == 0 and plan.query_start_loc.tolist() == [0]
+        assert plan.capacity == 0 and plan.segment_start_loc.tolist() == [0]
 
 
 def test_entries_past_the_keys_are_the_null_page():
     step = make_step(POWER, [Request(0, 3000), Request(2999, 1)], 16, 2, 1, 8)
     plan = check(step, POWER, merge_dense=False)
-    used = torch.arange(plan.page_table.shape[1]) * 16 < plan.key_lens[:, None]
-    assert (plan.page_table[~used] == 0).all() and (plan.page_table[used] > 0).all()
+    used = torch.arange(plan.segment_pages.shape[1]) * 16 < plan.key_lens[:, None]
+    assert (plan.segment_pages[~used] == 0).all() and (plan.segment_pages[used] > 0).all()
 
 
 def test_page_must_divide_the_block():

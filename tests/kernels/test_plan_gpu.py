@@ -48,17 +48,17 @@ def check(
         max_query_len,
         None if prompt_lens is None else prompt_lens.to(device),
     )
-    used = expected.num_segments
-    assert plan.num_used.item() == used
-    assert used <= plan.num_segments <= builder.key_lens.shape[0]
-    assert torch.equal(plan.query_start_loc[: used + 1].cpu(), expected.query_start_loc)
-    assert (plan.query_start_loc[used:] == num_tokens).all()
+    used = expected.capacity
+    assert plan.num_segments.item() == used
+    assert used <= plan.capacity <= builder.key_lens.shape[0]
+    assert torch.equal(plan.segment_start_loc[: used + 1].cpu(), expected.segment_start_loc)
+    assert (plan.segment_start_loc[used:] == num_tokens).all()
     assert torch.equal(plan.key_lens.cpu()[:used], expected.key_lens)
     assert not plan.key_lens[used:].any()
-    columns = expected.page_table.shape[1]
-    assert torch.equal(plan.page_table.cpu()[:used, :columns], expected.page_table)
-    assert not plan.page_table[:used, columns:].any()
-    assert not plan.page_table[used:].any()
+    columns = expected.segment_pages.shape[1]
+    assert torch.equal(plan.segment_pages.cpu()[:used, :columns], expected.segment_pages)
+    assert not plan.segment_pages[:used, columns:].any()
+    assert not plan.segment_pages[used:].any()
 
 
 @pytest.mark.parametrize("batch", BATCHES)
@@ -96,10 +96,10 @@ def test_padded_requests_with_stale_lengths_have_no_segment(device: torch.device
         num_tokens=4,
         max_query_len=1,
     )
-    assert plan.num_segments == 4
-    assert plan.query_start_loc.tolist() == [0, 1, 2, 2, 2]
+    assert plan.capacity == 4
+    assert plan.segment_start_loc.tolist() == [0, 1, 2, 2, 2]
     assert plan.key_lens.tolist() == [5, 100, 0, 0]
-    assert plan.page_table[:, :3].tolist() == [[0, 0, 0], [16, 17, 0], [0, 0, 0], [0, 0, 0]]
+    assert plan.segment_pages[:, :3].tolist() == [[0, 0, 0], [16, 17, 0], [0, 0, 0], [0, 0, 0]]
 
 
 def test_a_plan_reuses_its_buffers(device: torch.device) -> None:
@@ -108,7 +108,7 @@ def test_a_plan_reuses_its_buffers(device: torch.device) -> None:
     table = torch.arange(16, dtype=torch.int32, device=device)[None]
     first = builder.build(one, torch.tensor([9], dtype=torch.int32, device=device), table, 1, 1)
     second = builder.build(one, torch.tensor([70], dtype=torch.int32, device=device), table, 1, 1)
-    assert first.page_table.data_ptr() == second.page_table.data_ptr()
+    assert first.segment_pages.data_ptr() == second.segment_pages.data_ptr()
     assert first.key_lens.tolist() == [70]
 
 

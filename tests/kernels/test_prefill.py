@@ -8,7 +8,7 @@ from support import harness
 from support.harness import BFLOAT16, SMALL, run
 from support.paged import Request, make_step
 
-from vllm_power.kernels import launch, prefill_hopper
+from vllm_power.kernels import launch, prefill_sm90
 from vllm_power.kernels.prefill import prefill
 from vllm_power.pattern import POWER, Pattern, preset
 
@@ -109,8 +109,8 @@ def test_qwen2_shape_at_full_blocks(
     page_size: int, case: dict, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
-    hopper = prefill_hopper.prefill
-    monkeypatch.setattr(prefill_hopper, "prefill", lambda *given: (calls.append(given), hopper(*given)))
+    sm90 = prefill_sm90.prefill
+    monkeypatch.setattr(prefill_sm90, "prefill", lambda *given: (calls.append(given), sm90(*given)))
     requests = [Request(0, 1537), Request(6143, 513), Request(4095, 1), Request(0, 0), Request(3000, 257)]
     shape = {"heads": 28, "kv_heads": 4, "head_size": 128, "dtype": BFLOAT16} | case
     check(requests, page_size, POWER, device=device, **shape)

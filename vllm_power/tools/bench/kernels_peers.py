@@ -72,9 +72,11 @@ def dense_fa3(work: Work, layer: int) -> Call:
 def plan_fa3(work: Work, layer: int) -> Call:
     """FlashAttention 3 over the plan."""
     plan = work.merged_plan
-    longest = int(plan.query_start_loc.diff().max())
-    keys = plan.page_table.shape[1] * work.page
-    return _flash_attention(work, layer, plan.query_start_loc, plan.key_lens, plan.page_table, longest, keys)
+    longest = int(plan.segment_start_loc.diff().max())
+    keys = plan.segment_pages.shape[1] * work.page
+    return _flash_attention(
+        work, layer, plan.segment_start_loc, plan.key_lens, plan.segment_pages, longest, keys
+    )
 
 
 def triton_dense(work: Work, layer: int) -> Call:
@@ -166,9 +168,9 @@ def xformers_plan(work: Work, layer: int) -> Call:
     plan, shape = work.merged_plan, work.shape
     group = shape.heads // shape.kv_heads
     bias = PagedBlockDiagonalCausalWithOffsetPaddedKeysMask.from_seqlens(
-        q_seqlen=plan.query_start_loc.diff().tolist(),
+        q_seqlen=plan.segment_start_loc.diff().tolist(),
         kv_seqlen=plan.key_lens.tolist(),
-        block_tables=plan.page_table,
+        block_tables=plan.segment_pages,
         page_size=work.page,
     )
     query = work.query.view(1, -1, shape.kv_heads, group, shape.head_size)

@@ -43,7 +43,7 @@ def try_triton(
         plan = build_plan(starts, lengths, pages[None], visible, page)
         query = torch.randn(tokens, HEADS, HEAD_SIZE, device=device).to(dtype)
         output = torch.full_like(query, float("nan"))
-        longest = int(plan.query_start_loc.diff().max())
+        longest = int(plan.segment_start_loc.diff().max())
         kernel(query, kv_cache, output, plan, HEAD_SIZE**-0.5, max_query_len=longest)
         errors.append(largest_error(output, query, key[:length], value[:length], pattern))
     return max(errors)
