@@ -114,9 +114,7 @@ class Tasks:
             pieces = self._noise
         head = [*self.start, *self._ids(OPENING_ONE if count == 1 else OPENING_SOME)]
         question = self._ids(QUESTION.format(name=names[0]))
-        room = context - ANSWER_TOKENS - len(head) - len(question) - sum(map(len, hidden))
-        if room < 0:
-            raise ValueError(f"{task}: {context} tokens have no room for the question; take a longer context")
+        room = _room(task, context, head, question, hidden)
         body = _with_hidden(_filler(pieces, room, draw), hidden, depths)
         prompt = [*head, *body, *question]
         answer = numbers[0]
@@ -126,8 +124,32 @@ class Tasks:
         """The prompts 0 to ``count`` - 1 of each task. Raises ValueError as :meth:`example` does."""
         return [self.example(task, context, index, seed) for task in tasks for index in range(count)]
 
+    def questions(self, context: int, count: int, index: int = 0, seed: int = 0) -> list[Example]:
+        """``count`` prompts that ask for each of ``count`` similar numbers in the same text.
+
+        Only the question differs, so a prefix cache serves most of all but the first. With the answer they have at most
+        ``context`` tokens. Raises ValueError as :meth:`example` does.
+        """
+        draw = random.Random(f"{seed} questions {context} {count} {index}")
+        names, numbers = _names(draw, count), self._numbers(draw, count)
+        depths = [draw.random() for _ in names]
+        needles = [
+            self._ids(NEEDLE.format(name=name, number=number))
+            for name, number in zip(names, numbers, strict=True)
+        ]
+        head = [*self.start, *self._ids(OPENING_SOME)]
+        asked = [self._ids(QUESTION.format(name=name)) for name in names]
+        room = _room("lookalikes", context, head, max(asked, key=len), needles)
+        shared = [*head, *_with_hidden(_filler(self._pieces, room, draw), needles, depths)]
+        return [
+            Example(
+                "lookalikes", context, index, depth, [*shared, *question], number, self._ids(f" {number}")
+            )
+            for depth, question, number in zip(depths, asked, numbers, strict=True)
+        ]
+
     def _numbers(self, draw: random.Random, count: int) -> list[str]:
-        """Different numbers of seven digits; the one to ask for, the first, is not in the text."""
+        """Different numbers of seven digits, the first of which is not in the text."""
         numbers: dict[str, None] = {}
         while len(numbers) < count:
             number = str(draw.randrange(1_000_000, 10_000_000))
@@ -161,6 +183,14 @@ def read_text(path: Path) -> str:
         return "\n\n".join(documents)
     except (ValueError, KeyError, TypeError):
         raise ValueError(f'{path}: each line must be a JSON object with a field "text"') from None
+
+
+def _room(task: str, context: int, head: list[int], question: list[int], needles: list[list[int]]) -> int:
+    """Tokens of filler. Raises ValueError if there is no room."""
+    room = context - ANSWER_TOKENS - len(head) - len(question) - sum(map(len, needles))
+    if room < 0:
+        raise ValueError(f"{task}: {context} tokens have no room for the question; take a longer context")
+    return room
 
 
 def _names(draw: random.Random, count: int) -> list[str]:
