@@ -66,16 +66,16 @@ def test_what_is_hidden(tasks: Tasks, tokenizer: Any) -> None:
     assert middle in english_text()  # the user's text, unchanged
 
 
-def test_questions_of_one_text(tasks: Tasks, tokenizer: Any) -> None:
-    examples = tasks.questions(2048, 6)
-    shared = min(len(example.prompt) for example in examples) - 40
-    assert len({tuple(example.prompt[:shared]) for example in examples}) == 1
+def test_variants_of_one_text(tasks: Tasks, tokenizer: Any) -> None:
+    examples = tasks.variants("text", 2048, 6, 0.8)
+    assert len({tuple(example.prompt[:1400]) for example in examples}) == 1
     assert max(len(example.prompt) for example in examples) == 2048 - ANSWER_TOKENS
     assert len({example.answer for example in examples}) == 6
     for example in examples:
         text = tokenizer.decode(example.prompt)
         name = text.rpartition(" for ")[2].partition(" ")[0]
         assert f"for {name} is: {example.answer}." in text
+        assert text.count(" is: ") == text.count(example.answer) == 1
 
 
 def test_needles_lie_everywhere(tasks: Tasks) -> None:

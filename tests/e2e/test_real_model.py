@@ -1,7 +1,7 @@
 """A real model in the default mode: what it recalls, against dense attention on the same prompts.
 
-SmolLM2-135M (support/real_model.py), 2,048 tokens in blocks of 32, the smallest that vLLM's CPU kernels can page.
-One text hides several numbers and each is asked for, so the prefix cache makes all but the first prompt cheap.
+SmolLM2-135M (support/real_model.py), 2,048 tokens in blocks of 32, the smallest that vLLM's CPU kernels can page. The
+prompts differ from the hidden number on, so the prefix cache makes all but the first cheap.
 """
 
 from pathlib import Path
@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from vllm_power.pattern import preset
 from vllm_power.tools.common.recall import ANSWER_TOKENS, Example, Tasks, is_right
 
-CONTEXT, BLOCK, QUESTIONS = 2048, 32, 8
+CONTEXT, BLOCK, PROMPTS, DEPTH = 2048, 32, 6, 0.82
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def model() -> Path:
 @pytest.fixture(scope="module")
 def examples(model: Path) -> list[Example]:
     tokenizer = AutoTokenizer.from_pretrained(model)
-    return Tasks(tokenizer, bos_token_id=tokenizer.bos_token_id).questions(CONTEXT, QUESTIONS)
+    return Tasks(tokenizer, bos_token_id=tokenizer.bos_token_id).variants("text", CONTEXT, PROMPTS, DEPTH)
 
 
 def continuations(llm: Any, prompts: list[list[int]], tokens: int) -> list[str]:
@@ -58,16 +58,21 @@ def right(
     return [is_right(text, example.answer) for example, text in zip(examples, said, strict=True)]
 
 
-@pytest.mark.cpu
-@pytest.mark.slow
 def test_the_default_mode_keeps_recall(model: Path, worker: Worker, examples: list[Example]) -> None:
-    """All but one of what dense attention finds; most of it lies in blocks that the last block does not see."""
+    """All but one of what dense attention finds, though no row under the pattern in the last block sees the number."""
     pattern = preset("power", block_size=BLOCK)
-    last = pattern.num_blocks(CONTEXT) - 1
-    places = [int(example.depth * CONTEXT) // BLOCK for example in examples]
-    assert sum(not pattern.sees(last, place) for place in places) >= QUESTIONS // 2
+    shared = next(
+        at
+        for at, tokens in enumerate(zip(*(one.prompt for one in examples), strict=False))
+        if len(set(tokens)) > 1
+    )
+    last = (len(examples[0].prompt) - 1) // BLOCK
+    assert not any(pattern.sees(last, block) for block in range(shared // BLOCK, (shared + 32) // BLOCK + 1))
     dense = right(model, worker, examples, None, {})
     default = right(model, worker, examples, "power", {"mode": "training_free", "block_size": BLOCK})
-    print(f"dense {sum(dense)}, default mode {sum(default)} of {QUESTIONS}")
-    assert sum(dense) >= QUESTIONS // 2
+    print(f"dense {sum(dense)}, default mode {sum(default)} of {PROMPTS}")
+    assert sum(dense) >= PROMPTS - 2
     assert sum(default) >= sum(dense) - 1
+
+
+pytestmark = [pytest.mark.cpu, pytest.mark.slow]

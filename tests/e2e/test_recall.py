@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from vllm_power.tools.cli import app
-from vllm_power.tools.recall import engine, run
+from vllm_power.tools.recall import run
 
 ENGINE = {"enforce_eager": True, "dtype": "float32", "kv_cache_memory_bytes": 64 << 20}
 
@@ -66,17 +66,3 @@ def test_refused_before_an_engine_starts(
     done = CliRunner().invoke(app, ["recall", "model", "--folder", str(tmp_path), *words])
     assert done.exit_code == 1
     assert cause in " ".join(done.output.split())
-
-
-def test_pages_fit_small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm.platforms import current_platform
-
-    monkeypatch.setattr(current_platform, "is_cpu", lambda: True)
-    for power, given, page in (
-        ({"block_size": 64}, {}, 64),
-        ({}, {}, None),
-        ({"block_size": 64}, {"block_size": 32}, 32),
-    ):
-        arguments = dict(given)
-        engine._fit_pages(arguments, power)
-        assert arguments.get("block_size") == page

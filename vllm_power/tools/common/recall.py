@@ -124,28 +124,32 @@ class Tasks:
         """The prompts 0 to ``count`` - 1 of each task. Raises ValueError as :meth:`example` does."""
         return [self.example(task, context, index, seed) for task in tasks for index in range(count)]
 
-    def questions(self, context: int, count: int, index: int = 0, seed: int = 0) -> list[Example]:
-        """``count`` prompts that ask for each of ``count`` similar numbers in the same text.
+    def variants(self, task: str, context: int, count: int, depth: float, seed: int = 0) -> list[Example]:
+        """``count`` prompts of one text with one needle each, another one at the same place.
 
-        Only the question differs, so a prefix cache serves most of all but the first. With the answer they have at most
-        ``context`` tokens. Raises ValueError as :meth:`example` does.
+        A prefix cache serves the text before it. With the answer they have at most ``context`` tokens. Raises
+        ValueError as :meth:`example` does.
         """
-        draw = random.Random(f"{seed} questions {context} {count} {index}")
+        draw = random.Random(f"{seed} variants {task} {context} {count}")
         names, numbers = _names(draw, count), self._numbers(draw, count)
-        depths = [draw.random() for _ in names]
-        needles = [
-            self._ids(NEEDLE.format(name=name, number=number))
-            for name, number in zip(names, numbers, strict=True)
-        ]
-        head = [*self.start, *self._ids(OPENING_SOME)]
-        asked = [self._ids(QUESTION.format(name=name)) for name in names]
-        room = _room("lookalikes", context, head, max(asked, key=len), needles)
-        shared = [*head, *_with_hidden(_filler(self._pieces, room, draw), needles, depths)]
+        told = list(zip(names, numbers, strict=True))
+        needles = [self._ids(NEEDLE.format(name=name, number=number)) for name, number in told]
+        questions = [self._ids(QUESTION.format(name=name)) for name in names]
+        head = [*self.start, *self._ids(OPENING_ONE)]
+        longest = max(questions, key=len), [max(needles, key=len)]
+        pieces = self._noise if task == "noise" else self._pieces
+        filler = _filler(pieces, _room(task, context, head, *longest), draw)
         return [
             Example(
-                "lookalikes", context, index, depth, [*shared, *question], number, self._ids(f" {number}")
+                task,
+                context,
+                index,
+                depth,
+                [*head, *_with_hidden(filler, [needle], [depth]), *question],
+                number,
+                self._ids(f" {number}"),
             )
-            for depth, question, number in zip(depths, asked, numbers, strict=True)
+            for index, (needle, question, number) in enumerate(zip(needles, questions, numbers, strict=True))
         ]
 
     def _numbers(self, draw: random.Random, count: int) -> list[str]:

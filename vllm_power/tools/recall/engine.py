@@ -10,8 +10,6 @@ from vllm_power.tools.common.apart import answer
 from vllm_power.tools.common.recall import ANSWER_TOKENS, Example, Tasks, is_right, read_text
 from vllm_power.tools.common.results import Row, machine
 
-CPU_PAGE = 128
-
 
 def measure(job: dict[str, Any]) -> Iterator[Row]:
     """Rows with "done" and "of" while it runs; the last one has the result.
@@ -31,7 +29,6 @@ def measure(job: dict[str, Any]) -> Iterator[Row]:
     power = job["power"]
     if power is not None:
         arguments |= {"attention_backend": "power", "additional_config": {"power": power}}
-        _fit_pages(arguments, power)
     llm = LLM(job["model"], **arguments)
     mode, in_force = _in_force(llm, power)
     text = None if job["text"] is None else read_text(Path(job["text"]))
@@ -54,16 +51,6 @@ def measure(job: dict[str, Any]) -> Iterator[Row]:
         "seconds": time.monotonic() - begin,
         "here": machine(),
     }
-
-
-def _fit_pages(arguments: dict[str, Any], power: dict[str, Any]) -> None:
-    """Pages of at most a block of the pattern: on CPUs vLLM's have 128 tokens unless it is told otherwise."""
-    block = power.get("block_size")
-    if block is not None and block < CPU_PAGE:
-        from vllm.platforms import current_platform
-
-        if current_platform.is_cpu():
-            arguments.setdefault("block_size", block)
 
 
 def _in_force(llm: Any, power: dict[str, Any] | None) -> tuple[str, dict[str, Any]]:
