@@ -2,27 +2,30 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from vllm_power.tools.common.first_error import FirstError
 from vllm_power.tools.common.results import Row
 from vllm_power.tools.common.vllm_server import last_lines, stop
 
+RANK = re.compile(r"^\[rank\d+\]: ")
 MARK = '{"apart"'
 
 
 def rows_of(module: str, job: Any, log: Path, environment: Mapping[str, str] | None = None) -> Iterator[Row]:
     """The rows of ``module``, which calls :func:`answer`, as they arrive. job: its argument, which JSON can hold.
 
-    log: a file to which the child's standard error is appended. environment: added where it is not set already.
-    Raises ChildProcessError with the end of the log if the process fails. Closing the generator ends the process.
+    log: a file for the child's standard error. environment: added where it is not set already.
+    Raises ChildProcessError with the first error in the log if the process fails. Closing the generator ends it.
     """
     # -P: folders of the current directory must not shadow packages.
     command = [sys.executable, "-P", "-m", module, json.dumps(job)]
-    with log.open("a") as errors:
+    with log.open("w") as errors:
         # Its own session, so that the processes it starts can be ended with it.
         child = subprocess.Popen(
             command,
@@ -39,13 +42,17 @@ def rows_of(module: str, job: Any, log: Path, environment: Mapping[str, str] | N
             if line.startswith(MARK):
                 yield json.loads(line)["apart"]
         if child.wait():
-            raise ChildProcessError(
-                f"the process ended with status {child.returncode}; {log} ends:\n"
-                + "\n".join(last_lines(log, 12))
-            )
+            raise ChildProcessError(f"{_cause(log)} (status {child.returncode}, log: {log})")
     finally:
         stop(child, grace=20)
         child.stdout.close()
+
+
+def _cause(log: Path) -> str:
+    found = FirstError()
+    for line in log.read_text(errors="replace").splitlines():
+        found.feed(RANK.sub("", line))
+    return found.sentence or "\n".join(last_lines(log, 5))
 
 
 def answer(measure: Callable[[Any], Iterator[Row]]) -> None:

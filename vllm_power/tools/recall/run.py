@@ -58,12 +58,11 @@ def run(
     found: list[report.Measured] = []
     bar = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*bar, console=console) as progress:
-        for label, options_given in settings:
+        for number, (label, options_given) in enumerate(settings, 1):
             line = progress.add_task(label, total=len(tasks) * n)
             last: dict[str, Any] = {}
-            for last in rows_of(
-                __package__ + ".engine", {**job, "power": options_given}, folder / "log", ENVIRONMENT
-            ):
+            asked, log = {**job, "power": options_given}, folder / f"engine{number}.log"
+            for last in rows_of(f"{__package__}.engine", asked, log, ENVIRONMENT):
                 progress.update(line, completed=last.get("done", len(tasks) * n))
             measured = report.Measured(label, last["mode"], last["options"], last["right"])
             found.append(measured)
