@@ -70,7 +70,7 @@ class Drawing(BaseModel):
         return self
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=4)  # up to 10 MB each
 def draw(drawing: Drawing) -> dict[str, Any]:
     """The drawing as JSON has it. Blocks are counted from 0; Q is the query block, N the number of blocks.
 
