@@ -26,6 +26,7 @@ MOST = {"block_size": 65_536, "sink_blocks": 4_096, "window_blocks": 4_096, "str
 
 # LongNet's segments, as the paper prints them: (segment length in blocks, only blocks whose indices divide by).
 _LONGNET_SEGMENTS = ((8, 1), (16, 2), (32, 4), (64, 8), (128, 16))
+LONGNET_SEGMENT = _LONGNET_SEGMENTS[-1][0]  # blocks of different longest segments never see each other
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class Pattern:
             case "dilated":
                 return q + 1 if self.sees(q + 1, k) else None
             case "longnet":
-                segment_end = (k | (_LONGNET_SEGMENTS[-1][0] - 1)) + 1
+                segment_end = (k | (LONGNET_SEGMENT - 1)) + 1
                 return next((later for later in range(q, segment_end) if self.sees(later, k)), None)
         return None  # sliding_window has passed it
 
@@ -152,7 +153,7 @@ class Pattern:
             case "full":
                 yield from range(q + 1)
             case "longnet":
-                yield from range(q & -_LONGNET_SEGMENTS[-1][0], q + 1)
+                yield from range(q & -LONGNET_SEGMENT, q + 1)
             case _:
                 yield from range(max(0, q - self.window_blocks + 1), q + 1)
         if self.name == "power":
@@ -180,7 +181,7 @@ class Pattern:
             case "dilated":
                 seen = (seen + 1) // 2
             case "longnet":
-                start = q & -_LONGNET_SEGMENTS[-1][0]
+                start = q & -LONGNET_SEGMENT
                 seen = _longnet_count(q - start, max(0, self.sink_blocks - start))
             case "full":
                 seen = farthest + 1

@@ -10,8 +10,8 @@ CHARACTERS_PER_TOKEN = 8
 def read(choice: Any, *, max_tokens: int, continued: bool) -> tuple[str, str | None]:
     """Return the text of a choice's answer, and why there is none; None if there is one.
 
-    max_tokens: of the answer alone. continued: whether the model continued the beginning of an answer. It does not think
-    then, but vLLM may take all of it for thoughts, because it looks for their end.
+    max_tokens: of the answer alone. continued: whether the model continued the beginning of an answer. Then it does not
+    think, but vLLM may take all of it for thoughts, because it looks for their end.
     """
     message, cut = choice.message, choice.finish_reason == "length"
     content = message.content or ""
