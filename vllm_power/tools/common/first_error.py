@@ -13,7 +13,7 @@ from vllm_power.tools.common.ended import ended
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 # "(EngineCore pid=7) ERROR 11-23 19:31:25 [core.py:68] "; a traceback printed by Python has the process alone.
 PREFIX = re.compile(r"^(?:\([^)]*\) )?(?:(?P<level>[A-Z]+) \d\d-\d\d \d\d:\d\d:\d\d \[[^\]]+\] ?)?")
-EXCEPTION = re.compile(r"^(?P<kind>[A-Za-z_][\w.]*(?:Error|Exception))(?:: (?P<text>.*))?$")
+EXCEPTION = re.compile(r"^(?P<kind>(?:[A-Za-z_][\w.]*)?(?:Error|Exception))(?:: (?P<text>.*))?$")
 USAGE = re.compile(r"^[\w .-]+: error: (?P<text>.+)$")  # argparse
 # Errors that only report another process's.
 SECONDARY = re.compile(
