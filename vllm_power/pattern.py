@@ -24,6 +24,9 @@ ENDLESS = 2**31 - 1  # more blocks than any sequence has; fits an int32
 # The largest values: a block is no longer than a page of text, and what sees more blocks than this is dense attention.
 MOST = {"block_size": 65_536, "sink_blocks": 4_096, "window_blocks": 4_096, "stride": 65_536}
 
+# Visible blocks of all query blocks together. The pattern full has 17 million, at a million tokens in blocks of 256.
+MOST_LISTED = 20_000_000
+
 # LongNet's segments, as the paper prints them: (segment length in blocks, only blocks whose indices divide by).
 _LONGNET_SEGMENTS = ((8, 1), (16, 2), (32, 4), (64, 8), (128, 16))
 LONGNET_SEGMENT = _LONGNET_SEGMENTS[-1][0]  # blocks of different longest segments never see each other
@@ -221,6 +224,17 @@ class Pattern:
         """Share of the causal block pairs of ``num_tokens`` tokens that is visible, 0 to 1."""
         blocks = self.num_blocks(num_tokens)
         return self.visible_pairs(num_tokens) / (blocks * (blocks + 1) / 2) if blocks else 1.0
+
+    def check_length(self, num_tokens: int) -> None:
+        """Raise ValueError if the visible blocks of every query block of ``num_tokens`` tokens are too many to list."""
+        blocks = self.num_blocks(num_tokens)
+        most = self.num_visible(max(0, blocks - 1))
+        if blocks * most > MOST_LISTED:
+            raise ValueError(
+                f"{self} has up to {most:,} visible blocks for each of the {blocks:,} blocks of {num_tokens:,} tokens, "
+                "too many to list. Use a larger block_size, a smaller window_blocks or sink_blocks, or a shorter "
+                "--max-model-len."
+            )
 
     # --- the receptive field (paper, section 3) -----------------------------------------------------------------
 
