@@ -58,8 +58,9 @@ def log(tmp_path):
         (f"OSError: first\n  second\n{SERVER}INFO 11-25 03:40:02 [x.py:1] third\n", "OSError: first second"),
         (f"\x1b[31m{CORE}OSError: red\x1b[0m\n", "OSError: red"),
         ("all is well\n", None),
+        ("Exception: plain\n", "Exception: plain"),
     ],
-    ids=["engine", "pydantic", "usage", "bare", "signal", "lines", "coloured", "none"],
+    ids=["engine", "pydantic", "usage", "bare", "signal", "lines", "coloured", "none", "plain"],
 )  # fmt: skip
 def test_the_first_error_of_a_log(log, text, said):
     assert first_error(log(text)) == said
@@ -68,6 +69,20 @@ def test_the_first_error_of_a_log(log, text, said):
 def test_a_killed_engine_is_told_with_the_likely_reason(log):
     said = first_error(log(SECONDARY.format("{'EngineCore_DP0': -9}")))
     assert "EngineCore_DP0 ended by signal SIGKILL" in said and "runs out of memory" in said
+
+
+@pytest.mark.parametrize(
+    "text, remedy",
+    [
+        (f"{SERVER}ImportError: \n{SERVER}It requires the Torchvision library but it", "language-model"),
+        (f"{SERVER}ValueError: Couldn't instantiate the backend tokenizer from one of: \n", "--tokenizer"),
+        (f"{SERVER}Exception: data did not match any variant of untagged enum ModelWrapper at line 9\n", "--tokenizer"),
+    ],
+    ids=["torchvision", "tokenizer", "tokenizers"],
+)  # fmt: skip
+def test_an_error_without_a_remedy_gets_one(log, text, remedy):
+    said = first_error(log(text))
+    assert said.startswith(("ImportError", "ValueError", "Exception")) and remedy in said.split("->")[1]
 
 
 def test_a_long_error_is_cut(log):

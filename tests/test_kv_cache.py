@@ -16,10 +16,11 @@ from vllm import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request, RequestStatus
 
+from vllm_power import compat
 from vllm_power.kv_cache import PowerAttentionManager, PowerAttentionSpec
 from vllm_power.lifetimes import lifetimes
 from vllm_power.pattern import Pattern, preset
@@ -353,3 +354,14 @@ def test_a_page_larger_than_a_block_is_refused():
     spec = make_spec().copy_with_new_block_size(2 * BLOCK)
     with pytest.raises(ValueError, match="smaller --block-size"):
         spec.peak_pages(0, MAX_LEN)
+
+
+def test_kv_events_name_the_kind_of_our_blocks():
+    """Prefix-aware routers leave out the kind "unknown"."""
+    compat.tell_kv_cache_kind(PowerAttentionSpec)
+    compat.tell_kv_cache_kind(PowerAttentionSpec)  # as in each engine of a process
+    window = SlidingWindowSpec(
+        block_size=PAGE, num_kv_heads=1, head_size=64, dtype=torch.float32, sliding_window=64
+    )
+    metadata = make_manager(make_spec(), FULL, window).kv_cache_event_metadata
+    assert [kind for kind, _ in metadata] == ["full_attention", "full_attention", "sliding_window"]

@@ -1,6 +1,7 @@
 """The definition held to Algorithm 1, to the paper's baselines, to counts made by hand, and to its own promises."""
 
 import math
+import time
 
 import pytest
 from hypothesis import given
@@ -146,6 +147,24 @@ def test_counts_agree_with_the_predicate(pattern, blocks):
     assert pattern.density(tokens) == pytest.approx(2 * seen / (blocks * (blocks + 1)))
 
 
+@given(patterns, st.integers(0, 600))
+def test_counting_is_listing(pattern, q):
+    assert pattern.num_visible(q) == len(pattern.visible_blocks(q))
+    dense = pattern.dense_blocks
+    assert all(pattern.num_visible(block) == block + 1 for block in range(min(dense, 200)))
+    assert dense == ENDLESS or pattern.num_visible(dense) <= dense
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_largest_numbers_take_little_time(name):
+    """A million tokens in the smallest blocks, with every number at its largest."""
+    numbers = {"sink_blocks": 4096, "window_blocks": 4096, "stride": 65_536, "block_size": 16}
+    start = time.process_time()
+    pattern = Pattern(name, **numbers)
+    assert pattern.dense_blocks and pattern.density(1 << 20) > 0
+    assert time.process_time() - start < 1.5
+
+
 @given(patterns, st.integers(0, 40), st.integers(0, 5))
 def test_receptive_field_is_the_pattern_applied_layer_by_layer(pattern, q, layers):
     field = {q}
@@ -163,6 +182,10 @@ def test_receptive_field_is_the_pattern_applied_layer_by_layer(pattern, q, layer
         {"window_blocks": 0},
         {"sink_blocks": -1},
         {"stride": 0},
+        {"block_size": 1 << 70},
+        {"sink_blocks": 10**12},
+        {"window_blocks": 1 << 70},
+        {"stride": 10**12},
     ],
 )
 def test_out_of_range_is_refused(fields):

@@ -92,3 +92,33 @@ def test_sinks_are_refused_where_flash_attention_does_not_know_them(monkeypatch,
     refusals.check_sinks(None, theirs)
     with pytest.raises(ValueError, match="attention sinks") if refused else nullcontext():
         refusals.check_sinks(object(), theirs)
+
+
+@pytest.mark.parametrize(
+    "power, refused",
+    [
+        ({}, False),
+        ({"pattern": "full"}, False),
+        ({"pattern": "full", "block_size": 16}, True),
+        ({"block_size": 16, "window_blocks": 4096}, True),
+        ({"block_size": 16, "sink_blocks": 4096}, True),
+        ({"block_size": 16}, False),
+    ],
+    ids=str,
+)
+def test_a_pattern_too_large_to_list_is_refused_before_anything_is_loaded(power, refused):
+    model = SimpleNamespace(
+        use_mla=False,
+        is_encoder_decoder=False,
+        get_total_num_hidden_layers=lambda: 4,
+        max_model_len=1 << 20,
+        hf_config=None,
+        hf_text_config=None,
+        attn_type="decoder",
+    )
+    asked = config(power)
+    asked.model_config = model
+    asked.cache_config.user_specified_block_size = False
+    asked.parallel_config = SimpleNamespace(decode_context_parallel_size=1)
+    with pytest.raises(ValueError, match="larger block_size") if refused else nullcontext():
+        refusals.check_config(asked, on_cpu=False)

@@ -68,6 +68,31 @@ def extend_scheduler(vllm_config: "VllmConfig", *extensions: type) -> None:
         config.get_scheduler_cls = lambda: extended
 
 
+def tell_kv_cache_kind(spec: type) -> None:
+    """Have vLLM's KV events and cache metadata call the blocks of ``spec`` "full_attention".
+
+    Why: vLLM derives the kind from its own spec classes alone (``get_kv_cache_spec_kind`` in v1/kv_cache_interface.py).
+    Symptom: events with the kind "unknown", which prefix-aware routers leave out.
+    Goes when: a spec states its kind.
+    """
+    from vllm.v1 import kv_cache_interface
+
+    original = kv_cache_interface.get_kv_cache_spec_kind
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @wraps(original)
+    def kind_of(found: Any) -> Any:
+        if isinstance(found, spec):
+            return kv_cache_interface.KVCacheSpecKind.FULL_ATTENTION
+        return original(found)
+
+    users = ("core.kv_cache_manager", "engine.core", "simple_kv_offload.manager")
+    modules = (sys.modules.get(f"vllm.v1.{user}") for user in users)
+    for module in (kv_cache_interface, *filter(None, modules)):
+        module.get_kv_cache_spec_kind = kind_of
+
+
 def tell_prompt_lengths() -> None:
     """Have vLLM's model runners tell our builders the prompt length of each request: it decides which rows are dense.
 

@@ -240,11 +240,13 @@ def indices(value: DenseLayers, num_layers: int) -> frozenset[int]:
     if isinstance(value, Mapping):
         every, keep = _every(value)
         return frozenset(index for index in range(num_layers) if index % every < keep)
+    _check_size(value)
     named = frozenset(_ranges(value) if isinstance(value, str) else value)
     outside = sorted(index for index in named if not 0 <= index < num_layers)
     if outside:
+        more = f" and {len(outside) - 8} more" if len(outside) > 8 else ""
         raise ValueError(
-            f"dense_layers names layer {', '.join(map(str, outside))}; the model has {num_layers} layers, "
+            f"dense_layers names layer {', '.join(map(str, outside[:8]))}{more}; the model has {num_layers} layers, "
             f"0 to {num_layers - 1}"
         )
     return named
@@ -254,6 +256,8 @@ def canonical(value: Any) -> frozenset[int] | tuple[int, int]:
     """A form in which two ways of naming the same layers are equal. Raises ValueError where ``value`` names none."""
     if isinstance(value, Mapping):
         return _every(value)
+    if isinstance(value, Sequence):
+        _check_size(value)
     if isinstance(value, str):
         return frozenset(_ranges(value))
     if isinstance(value, Sequence) and all(type(index) is int for index in value):
@@ -261,6 +265,12 @@ def canonical(value: Any) -> frozenset[int] | tuple[int, int]:
     raise ValueError(
         f'dense_layers must be like [0, 27], "0-1,26-27" or {{"every": 7, "keep": 2}}, not {value!r}'
     )
+
+
+def _check_size(value: str | Sequence[int]) -> None:
+    """Raise ValueError for more text or more numbers than any model's layers need."""
+    if len(value) > MOST:
+        raise ValueError(f"dense_layers has {len(value):,} characters or numbers: at most {MOST:,}")
 
 
 def _every(value: Mapping[str, int]) -> tuple[int, int]:
@@ -282,4 +292,6 @@ def _ranges(text: str) -> list[int]:
         if int(last or first) > MOST:
             raise ValueError(f"dense_layers: {part} names layers that no model has")
         named.extend(range(int(first), int(last or first) + 1))
+        if len(named) > MOST:
+            raise ValueError(f"dense_layers names more than {MOST:,} layers")
     return named

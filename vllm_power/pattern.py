@@ -12,16 +12,24 @@ No torch here, only the standard library.
 """
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
+from itertools import count, takewhile
 
 NAMES = ("power", "sliding_window", "stride_slash", "dilated", "longnet", "full")
 
 ENDLESS = 2**31 - 1  # more blocks than any sequence has; fits an int32
 
+# The largest values: a block is no longer than a page of text, and what sees more blocks than this is dense attention.
+MOST = {"block_size": 65_536, "sink_blocks": 4_096, "window_blocks": 4_096, "stride": 65_536}
+
+# Visible blocks of all query blocks together. The pattern full has 17 million, at a million tokens in blocks of 256.
+MOST_LISTED = 20_000_000
+
 # LongNet's segments, as the paper prints them: (segment length in blocks, only blocks whose indices divide by).
 _LONGNET_SEGMENTS = ((8, 1), (16, 2), (32, 4), (64, 8), (128, 16))
+LONGNET_SEGMENT = _LONGNET_SEGMENTS[-1][0]  # blocks of different longest segments never see each other
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,9 @@ class Pattern:
         for field, least in (("sink_blocks", 0), ("window_blocks", 1), ("stride", 1)):
             if getattr(self, field) < least:
                 raise ValueError(f"{field} must be at least {least}, not {getattr(self, field)}")
+        for field, most in MOST.items():
+            if getattr(self, field) > most:
+                raise ValueError(f"{field} must be at most {most:,}")
 
     # --- the definition -----------------------------------------------------------------------------------------
 
@@ -96,7 +107,7 @@ class Pattern:
             case "dilated":
                 return q + 1 if self.sees(q + 1, k) else None
             case "longnet":
-                segment_end = (k | (_LONGNET_SEGMENTS[-1][0] - 1)) + 1
+                segment_end = (k | (LONGNET_SEGMENT - 1)) + 1
                 return next((later for later in range(q, segment_end) if self.sees(later, k)), None)
         return None  # sliding_window has passed it
 
@@ -115,9 +126,28 @@ class Pattern:
             case "dilated":
                 return in_window - (in_window - k) % 2
             case "longnet":
-                segment_end = k | (_LONGNET_SEGMENTS[-1][0] - 1)
-                return next(q for q in range(min(last, segment_end), k - 1, -1) if self.sees(q, k))
+                ends = (
+                    (min(last, k | (length - 1)), step) for length, step in _LONGNET_SEGMENTS if k % step == 0
+                )
+                return max(end - end % step for end, step in ends)
         return last  # full
+
+    def _distances(self, end: int) -> list[int]:
+        """The distances below ``end`` at which blocks are visible, ascending; for all names but ``longnet``."""
+        near, far = range(min(self.window_blocks, end)), range(0)
+        match self.name:
+            case "power":
+                return [
+                    *near,
+                    *(1 << bit for bit in range(end.bit_length()) if self.window_blocks <= 1 << bit < end),
+                ]
+            case "stride_slash":
+                far = range(-(-self.window_blocks // self.stride) * self.stride, end, self.stride)
+            case "dilated":
+                near = near[::2]
+            case "full":
+                near = range(end)
+        return [*near, *far]
 
     def _candidates(self, q: int) -> Iterator[int]:
         """A superset of the blocks that ``q`` sees, without looking at every pair. May hold negative indices."""
@@ -126,7 +156,7 @@ class Pattern:
             case "full":
                 yield from range(q + 1)
             case "longnet":
-                yield from range(q & -_LONGNET_SEGMENTS[-1][0], q + 1)
+                yield from range(q & -LONGNET_SEGMENT, q + 1)
             case _:
                 yield from range(max(0, q - self.window_blocks + 1), q + 1)
         if self.name == "power":
@@ -140,19 +170,41 @@ class Pattern:
         """Blocks that ``num_tokens`` tokens take, the last one perhaps in part."""
         return -(-num_tokens // self.block_size)
 
+    def num_visible(self, q: int) -> int:
+        """How many key blocks query block ``q`` sees, without listing them."""
+        sinks, farthest = min(self.sink_blocks, q + 1), q - self.sink_blocks
+        if farthest < 0:  # all are sinks
+            return sinks
+        seen = min(self.window_blocks, farthest + 1)
+        match self.name:
+            case "power":
+                seen += max(0, farthest.bit_length() - (self.window_blocks - 1).bit_length())
+            case "stride_slash":
+                seen += max(0, farthest // self.stride - (self.window_blocks - 1) // self.stride)
+            case "dilated":
+                seen = (seen + 1) // 2
+            case "longnet":
+                start = q & -LONGNET_SEGMENT
+                seen = _longnet_count(q - start, max(0, self.sink_blocks - start))
+            case "full":
+                seen = farthest + 1
+        return sinks + seen
+
     @cached_property
     def dense_blocks(self) -> int:
         """How many leading blocks see every block before them: up to there the pattern is plain causal attention.
 
         6 for the default power pattern (1,536 tokens). ``ENDLESS`` where that never ends.
         """
-        if self.name == "full":
+        if self.name == "full" or (self.name == "stride_slash" and self.stride == 1):
             return ENDLESS
-        limit = self.sink_blocks + 2 * max(self.window_blocks, self.stride, _LONGNET_SEGMENTS[-1][0])
-        for q in range(limit):
-            if len(self.visible_blocks(q)) <= q:
-                return q
-        return ENDLESS  # stride 1: every distance
+        if self.name == "longnet":
+            return next(q for q in count(self.sink_blocks) if self.num_visible(q) <= q)
+        # Up to there every distance to the first block after the sinks is visible.
+        hidden = next(
+            d for d in count(self.window_blocks) if not self.sees(self.sink_blocks + d, self.sink_blocks)
+        )
+        return self.sink_blocks + (1 if self.name == "dilated" else hidden)
 
     @property
     def dense_tokens(self) -> int:
@@ -162,7 +214,7 @@ class Pattern:
     def visible_counts(self, blocks: int) -> list[int]:
         """Visible blocks of the query blocks 0..``blocks`` - 1. The leading ones see all before them, uncounted."""
         dense = min(blocks, self.dense_blocks)
-        return [*range(1, dense + 1), *(len(self.visible_blocks(q)) for q in range(dense, blocks))]
+        return [*range(1, dense + 1), *map(self.num_visible, range(dense, blocks))]
 
     def visible_pairs(self, num_tokens: int) -> int:
         """Visible (query block, key block) pairs over a sequence of ``num_tokens`` tokens."""
@@ -172,6 +224,17 @@ class Pattern:
         """Share of the causal block pairs of ``num_tokens`` tokens that is visible, 0 to 1."""
         blocks = self.num_blocks(num_tokens)
         return self.visible_pairs(num_tokens) / (blocks * (blocks + 1) / 2) if blocks else 1.0
+
+    def check_length(self, num_tokens: int) -> None:
+        """Raise ValueError if the visible blocks of every query block of ``num_tokens`` tokens are too many to list."""
+        blocks = self.num_blocks(num_tokens)
+        most = self.num_visible(max(0, blocks - 1))
+        if blocks * most > MOST_LISTED:
+            raise ValueError(
+                f"{self} has up to {most:,} visible blocks for each of the {blocks:,} blocks of {num_tokens:,} tokens, "
+                "too many to list. Use a larger block_size, a smaller window_blocks or sink_blocks, or a shorter "
+                "--max-model-len."
+            )
 
     # --- the receptive field (paper, section 3) -----------------------------------------------------------------
 
@@ -185,11 +248,16 @@ class Pattern:
         hops[q] = 0
         frontier = [q]
         layer, missing = 0, q
+        distances = [] if self.name == "longnet" else self._distances(q + 1)
         while frontier and missing:
             layer += 1
             reached = []
             for block in frontier:
-                for seen in self.visible_blocks(block):
+                if layer > 1 and distances:  # the first layer has reached the sinks
+                    visible: Iterable[int] = (block - d for d in takewhile(block.__ge__, distances))
+                else:
+                    visible = self.visible_blocks(block)
+                for seen in visible:
                     if hops[seen] is None:
                         hops[seen] = layer
                         reached.append(seen)
@@ -208,6 +276,15 @@ class Pattern:
         if self.name == "stride_slash":
             text += f", stride {self.stride}"
         return text + ")"
+
+
+@cache
+def _longnet_count(q: int, first: int) -> int:
+    """How many of the blocks ``first`` to ``q`` of a longest segment its block ``q`` sees."""
+    return sum(
+        any((q ^ k) < length and (q | k) % step == 0 for length, step in _LONGNET_SEGMENTS)
+        for k in range(first, q + 1)
+    )
 
 
 def preset(name: str, **changes: int) -> Pattern:
@@ -247,6 +324,8 @@ class RowRule:
     def __post_init__(self) -> None:
         if self.dense_tail < 0:
             raise ValueError(f"dense_tail must be at least 0, not {self.dense_tail}")
+        if self.dense_tail > ENDLESS:
+            raise ValueError(f"dense_tail must be at most {ENDLESS:,}")
 
     @property
     def has_dense_rows(self) -> bool:

@@ -76,10 +76,12 @@ class PowerPlatform:
         """Called in the engine's process, before it makes its scheduler; without a configuration elsewhere."""
         super().register_custom_kv_cache_specs(vllm_config)  # type: ignore[misc]
         if vllm_config is not None and is_selected(vllm_config):
+            from vllm_power.kv_cache import PowerAttentionSpec
             from vllm_power.metrics.scheduler import CountedScheduler
             from vllm_power.scheduler import PowerScheduler
 
             compat.extend_scheduler(vllm_config, CountedScheduler, PowerScheduler)
+            compat.tell_kv_cache_kind(PowerAttentionSpec)
 
     @classmethod
     def _choose_page(cls, vllm_config: "VllmConfig") -> None:

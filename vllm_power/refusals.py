@@ -26,6 +26,7 @@ def check_config(vllm_config: "VllmConfig", on_cpu: bool) -> None:
         if model.is_encoder_decoder:
             _refuse("an encoder-decoder model has cross attention, which is not causal")
         asked.dense_layer_indices(model.get_total_num_hidden_layers())
+        asked.effective_pattern.check_length(model.max_model_len)
         if getattr(model, "rswa_window", None) is not None:
             _refuse("reference sliding window attention (R-SWA) has a rule of its own for generated tokens")
         if model.attn_type == "encoder_only":

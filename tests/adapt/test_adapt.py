@@ -1,5 +1,6 @@
 """adapt: whole runs, resuming after a kill, adapters, what is written, and what is refused."""
 
+import gzip
 import json
 import math
 import os
@@ -16,19 +17,21 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from support.english_tokenizer import make_tokenizer
 from support.random_model import make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from vllm_power.hf import segments
 from vllm_power.hf.attention import register, use_power
-from vllm_power.tools.adapt import callbacks, report, train
-from vllm_power.tools.adapt.data import Rows
+from vllm_power.tools.adapt import callbacks, files, report, train
+from vllm_power.tools.adapt.data import Rows, tokenized
 from vllm_power.tools.adapt.engine import Planner
 from vllm_power.tools.adapt.run import run
 from vllm_power.tools.adapt.settings import Settings, Stage, stages_of
 from vllm_power.tools.adapt.train import Stopped
 from vllm_power.tools.cli import app
+from vllm_power.tools.common.tokenizer import tokenizer_of
 
 POWER = {"block_size": 16, "window_blocks": 2}  # dense up to 64 tokens
 LENGTHS = (64, 128)
@@ -275,6 +278,52 @@ def test_stages() -> None:
 def test_wrong_stages(stages: str, cause: str) -> None:
     with pytest.raises(ValueError, match=cause):
         stages_of(stages)
+
+
+def test_a_name_is_no_pattern(tmp_path: Path) -> None:
+    """`datasets` would read x1.jsonl for x[1].jsonl, without a word."""
+    (tmp_path / "x[1].jsonl").write_text(json.dumps({"text": "this one"}) + "\n")
+    (tmp_path / "x1.jsonl").write_text(json.dumps({"text": "another"}) + "\n")
+    _, rows = files.load(str(tmp_path / "x[1].jsonl"), tmp_path / "cache")
+    assert list(rows["text"]) == ["this one"]
+
+
+def bomb(path: Path) -> None:
+    with gzip.open(path, "wb") as file:
+        file.write(b'{"text": "')
+        for _ in range(100):
+            file.write(b"a" * 1_000_000)
+        file.write(b'"}\n')
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "cause"),
+    [
+        ("a.jsonl", lambda path: path.write_text('{"text": "a"}\n{"text": \n'), "line 2 is no JSON"),
+        ("a.jsonl.gz", lambda path: path.write_bytes(b"no gzip"), "cannot be read: Not a gzipped file"),
+        ("a.jsonl.gz", bomb, "expands to more than 100 times its size"),
+        ("a.jsonl", lambda path: path.write_text('{"text": 5}\n'), "the column 'text' has int64, not text"),
+        ("a.parquet", lambda path: path.write_bytes(b"PAR1"), "cannot be read: "),
+        ("a.txt.xz", lambda path: path.write_bytes(b"no xz"), "cannot be read: "),
+    ],
+    ids=["damaged-line", "no-gzip", "bomb", "numbers", "no-parquet", "no-xz"],
+)
+def test_a_file_that_cannot_be_read_is_told_in_one_line(
+    tmp_path: Path, name: str, write: Callable[[Path], object], cause: str
+) -> None:
+    write(tmp_path / name)
+    with pytest.raises(ValueError, match=cause) as refused:
+        tokenized([str(tmp_path / name)], "text", make_tokenizer(300, 256), tmp_path / "cache")
+    assert name in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_tokenizer_that_cannot_be_loaded_is_told_in_one_line(tmp_path: Path) -> None:
+    """tokenizers raises a plain Exception for a file that it does not know."""
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "Unknown"}}')
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    with pytest.raises(ValueError, match="no tokenizer that transformers can load") as refused:
+        tokenizer_of(str(tmp_path))
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(

@@ -143,6 +143,41 @@ def test_half_a_line_at_the_end_is_asked_again(endpoint, evaluate, tmp_path):
     assert len(rows(items)) == 12
 
 
+@pytest.mark.parametrize("damage", [b'{"digest"\n', b"[]\n", b'{"digest": "a"}\n', b"\xff\n"], ids=str)
+def test_a_damaged_line_is_told_in_one_line(endpoint, evaluate, tmp_path, capsys, damage):
+    fake = endpoint()
+    assert evaluate(fake) == 0
+    items = tmp_path / "out" / "items.jsonl"
+    lines = items.read_bytes().splitlines(keepends=True)
+    items.write_bytes(b"".join([*lines[:3], damage, *lines[4:]]))
+    capsys.readouterr()
+    assert evaluate(fake) == 2
+    out = " ".join(capsys.readouterr().out.split())
+    assert "items.jsonl: line 4 is damaged" in out and "asked again" in out
+    items.write_bytes(b"".join([*lines[:3], *lines[4:]]))
+    assert evaluate(fake) == 0
+    assert len(fake.prompts) == 13
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"a": 1}', '{"a": {"b": 1}}'])
+def test_a_damaged_list_of_models_is_told_in_one_line(endpoint, evaluate, tmp_path, capsys, content):
+    fake = endpoint()
+    assert evaluate(fake) == 0
+    (tmp_path / "out" / "models.json").write_text(content)
+    assert evaluate(fake) == 2
+    assert "models.json is damaged" in " ".join(capsys.readouterr().out.split())
+
+
+def test_damaged_logprobs_are_told_in_one_line(endpoint, evaluate, tmp_path, text_file, capsys):
+    asked = {"dense": endpoint(), "tasks": ("agreement",), "text": text_file, "lengths": (512,)}
+    fake = endpoint()
+    assert evaluate(fake, **asked) == 0
+    for file in (tmp_path / "out" / "logprobs").iterdir():
+        file.write_bytes(b"damaged")
+    assert evaluate(fake, **asked) == 2
+    assert "is damaged or missing" in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_killed_process_goes_on(endpoint, evaluate, tmp_path, capsys):
     fake = endpoint(delay=0.2)
     command = [str(Path(sys.executable).with_name("vllm-power")), "eval", "--url", fake.url]

@@ -129,7 +129,7 @@ def test_a_shape_is_read_or_refused_with_the_reason():
         400,
         "config.json has no num_hidden_layers: it is not that of a language model",
     )
-    assert client.post("/v1/power/shape", json=[1]).status_code == 422
+    assert client.post("/v1/power/shape", json=[1]).status_code == 400
 
 
 def test_a_question_over_http():

@@ -25,6 +25,7 @@ def open_board() -> Path:
     if inherited is not None:
         return inherited
     if _own is None:
+        forget_dead_processes()
         _own = tempfile.TemporaryDirectory(prefix="vllm-power-figures-", ignore_cleanup_errors=True)
         os.environ[VARIABLE] = _own.name
     return Path(_own.name)
@@ -40,6 +41,18 @@ def metrics_folder() -> Path | None:
     """Where the files of figures are: vLLM's folder for metrics where it has one, else ours."""
     shared = os.environ.get(PROMETHEUS_VARIABLE)
     return Path(shared) if shared else folder()
+
+
+def forget_dead_processes() -> None:
+    """Remove our files of processes that are gone from a user's own folder for metrics.
+
+    A server that was killed leaves its files there, and what ran then would show next to what runs now.
+    """
+    shared = os.environ.get(PROMETHEUS_VARIABLE)
+    for file in Path(shared).glob("*_power-*.db") if shared else ():
+        pid = file.stem.rpartition("-")[2]
+        if pid.isdecimal() and not Path(f"/proc/{pid}").exists():
+            file.unlink(missing_ok=True)
 
 
 def post(name: str, note: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prometheus_client.mmap_dict import MmapedDict, mmap_key
@@ -20,6 +21,33 @@ if TYPE_CHECKING:
 
 # A file's name tells readers the kind: of gauges from several processes the most recent one counts.
 PREFIXES = {"counter": "counter", "gauge": "gauge_mostrecent"}
+
+
+class AllocatedFile(MmapedDict):
+    """A file whose blocks are all allocated: a write into a hole of a mapped file on a full disk is a SIGBUS.
+
+    Raises OSError if there is no space, now or when the file grows.
+    """
+
+    SIZE = 1 << 16
+
+    def __init__(self, path: Path) -> None:
+        path.unlink(missing_ok=True)  # of an earlier process with the id of this one
+        try:
+            with path.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, self.SIZE)
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
+        super().__init__(str(path))
+
+    def _init_value(self, key: str) -> None:
+        size, needed = self._capacity, self._used + len(key.encode()) + 32
+        while size < needed:
+            size *= 2
+        if size > self._capacity:
+            os.posix_fallocate(self._f.fileno(), 0, size)
+        super()._init_value(key)
 
 
 class Value:
@@ -97,4 +125,4 @@ def _file(kind: str, pid: int) -> MmapedDict:
         raise FileNotFoundError(
             f"{shared_dir.VARIABLE} names no folder: there is nowhere to write figures to"
         )
-    return MmapedDict(str(place / f"{PREFIXES[kind]}_power-{pid}.db"))
+    return AllocatedFile(place / f"{PREFIXES[kind]}_power-{pid}.db")

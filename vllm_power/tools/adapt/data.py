@@ -14,11 +14,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from vllm_power.tools.adapt.files import load
 from vllm_power.tools.adapt.recall import Hider, Sequence
 from vllm_power.tools.adapt.settings import Settings
 
-KINDS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-COMPRESSED = (".gz", ".xz", ".zst")
 NOT_ASKED = -100  # transformers' label of a token that is not predicted
 
 
@@ -28,23 +27,18 @@ def tokenized(files: collections.abc.Sequence[str], field: str, tokenizer: Any, 
     A .txt file is one document; in .jsonl and .parquet each row is, by its column ``field``. Raises ValueError for
     files of another kind, files that are not there, and a column that is not there.
     """
-    from datasets import Features, List, Value, concatenate_datasets, load_dataset
+    from datasets import Features, List, Value, concatenate_datasets
 
     parts = []
     for path in files:
-        if not Path(path).is_file():
-            raise ValueError(f"{path}: there is no such file")
-        kind = KINDS.get(Path(_uncompressed(path)).suffix)
-        if kind is None:
-            raise ValueError(
-                f"{path}: text is read from {', '.join(KINDS)}, also with {', '.join(COMPRESSED)}"
-            )
-        column, named = ("text", {"sample_by": "document"}) if kind == "text" else (field, {})
-        part = load_dataset(kind, data_files=[path], split="train", cache_dir=str(cache), **named)
+        kind, part = load(path, cache)
+        column = "text" if kind == "text" else field
         if column not in part.column_names:
             raise ValueError(
                 f"{path} has no column {column!r} but {', '.join(part.column_names)}: name the text's with --field"
             )
+        if (stored := getattr(part.features[column], "dtype", None)) not in ("string", "large_string"):
+            raise ValueError(f"{path}: the column {column!r} has {stored or 'nested values'}, not text")
         parts.append(
             part.select_columns([column]).rename_columns({column: "text"} if column != "text" else {})
         )
@@ -58,10 +52,6 @@ def tokenized(files: collections.abc.Sequence[str], field: str, tokenizer: Any, 
     kinds = Features({"input_ids": List(Value("int32")), "length": Value("int64")})
     texts = concatenate_datasets(parts)
     return texts.map(ids, batched=True, features=kinds, remove_columns=["text"], desc="tokenizing")
-
-
-def _uncompressed(path: str) -> str:
-    return next((path.removesuffix(ending) for ending in COMPRESSED if path.endswith(ending)), path)
 
 
 @dataclass(frozen=True)

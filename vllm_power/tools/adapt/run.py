@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from rich.console import Console
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 from transformers.utils.logging import disable_progress_bar
 
 from vllm_power.hf.attention import use_power
@@ -19,6 +19,7 @@ from vllm_power.tools.adapt.recall import ASKED, Hider
 from vllm_power.tools.adapt.settings import Settings
 from vllm_power.tools.adapt.train import arguments_of, train
 from vllm_power.tools.common import results
+from vllm_power.tools.common.tokenizer import tokenizer_of
 
 
 def run(settings: Settings, output: Path, save_every: int = 100) -> None:
@@ -103,16 +104,6 @@ def check_model(settings: Settings, config: Any, options: PatternOptions) -> Non
             f"the model has attention_dropout {text.attention_dropout}, which the pattern's kernels do not do: set it "
             "to 0 in config.json"
         )
-
-
-def tokenizer_of(model: str) -> Any:
-    """Raises ValueError where there is none."""
-    try:
-        return AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(
-            f"{model} has no tokenizer that transformers can load: put the original's tokenizer files there ({error})"
-        ) from error
 
 
 def read(settings: Settings, tokenizer: Any, cache: Path) -> tuple[data.Rows, dict[int, torch.Tensor]]:

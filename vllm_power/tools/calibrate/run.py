@@ -13,6 +13,7 @@ from vllm_power.tools.calibrate import choose, report
 from vllm_power.tools.calibrate.measure import Probe
 from vllm_power.tools.calibrate.text import windows
 from vllm_power.tools.common.command_options import json_object
+from vllm_power.tools.common.tokenizer import tokenizer_of
 
 REMEDY_DENSE = "dense_layers is what calibrate looks for: leave it out of --power"
 
@@ -88,12 +89,12 @@ def run(
 
 def loaded_model(model: str, dtype: str, device: str) -> tuple[Any, Any, options.PatternOptions | None]:
     """The model in evaluation mode, its tokenizer and the options that its config stores, if any."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, device_map=device).eval()
-    return loaded, AutoTokenizer.from_pretrained(model), _stored(loaded.config)
+    return loaded, tokenizer_of(model), _stored(loaded.config)
 
 
 def _stored(config: Any) -> options.PatternOptions | None:

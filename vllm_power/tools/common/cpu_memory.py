@@ -1,7 +1,7 @@
 """A KV cache that fits a machine without a GPU.
 
-By default vLLM requires 92% of the machine's memory on a CPU and does not start if less is free. Standard library only,
-because the image's start script uses this module as well.
+By default vLLM wants 92% of the machine's memory on a CPU, and does not start if less is free. Standard library only:
+the image's start script uses it too.
 """
 
 import re

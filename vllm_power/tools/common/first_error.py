@@ -13,7 +13,7 @@ from vllm_power.tools.common.ended import ended
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 # "(EngineCore pid=7) ERROR 11-23 19:31:25 [core.py:68] "; a traceback printed by Python has the process alone.
 PREFIX = re.compile(r"^(?:\([^)]*\) )?(?:(?P<level>[A-Z]+) \d\d-\d\d \d\d:\d\d:\d\d \[[^\]]+\] ?)?")
-EXCEPTION = re.compile(r"^(?P<kind>[A-Za-z_][\w.]*(?:Error|Exception))(?:: (?P<text>.*))?$")
+EXCEPTION = re.compile(r"^(?P<kind>(?:[A-Za-z_][\w.]*)?(?:Error|Exception))(?::(?: (?P<text>.*))?)?$")
 USAGE = re.compile(r"^[\w .-]+: error: (?P<text>.+)$")  # argparse
 # Errors that only report another process's.
 SECONDARY = re.compile(
@@ -22,6 +22,13 @@ SECONDARY = re.compile(
 CORE_PROCESSES = re.compile(r"Failed core proc\(s\): \{(?P<processes>[^}]*)\}")
 PROCESS = re.compile(r"'(?P<name>[^']+)': (?P<status>-?\d+)")
 OUT_OF_MEMORY = "; the kernel ends a process so if the machine or the container runs out of memory"
+# What helps against errors whose own sentence does not say it.
+REMEDIES = {
+    r"requires the Torchvision library": "this model reads images: pip install torchvision (without a GPU, with "
+    "--index-url https://download.pytorch.org/whl/cpu), or serve its language model alone with --language-model-only",
+    r"instantiate the backend tokenizer|Failed to load the tokenizer|untagged enum ModelWrapper": "the model's "
+    "tokenizer cannot be loaded: put the original's tokenizer files into its folder, or name another with --tokenizer",
+}
 MOST_LINES, MOST_CHARACTERS = 6, 1000
 
 
@@ -53,13 +60,15 @@ class FirstError:
         # pydantic counts the errors and names their types and a web page; the sentence is between.
         if stated := re.search(r"(?:Value|Assertion) error, (.*?) \[type=", text):
             text = stated[1]
-        return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]} ..."
+        text = text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]} ..."
+        remedy = next((help for sign, help in REMEDIES.items() if re.search(sign, text)), None)
+        return f"{text} -> {remedy}" if remedy else text
 
     def _begin(self, text: str) -> None:
         usage, found = USAGE.match(text), EXCEPTION.match(text)
         if usage:
             self._lines = [usage["text"]]
-        elif found and (found["text"] is None or SECONDARY.search(text)):
+        elif found and ((found["text"] is None and not text.endswith(":")) or SECONDARY.search(text)):
             self._secondary = self._secondary or _of_processes(text)
         elif found:
             self._lines, self._open = [text], True

@@ -8,6 +8,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from vllm_power.tools.common import jsonl
+
 FOLDER = Path("docs/results")
 ABOVE = Path(__file__).resolve().parents[3]  # a checkout, or the folder of an installed wheel
 Row = dict[str, Any]
@@ -61,7 +63,7 @@ def append(name: str, rows: list[Row], folder: Path = FOLDER, here: Row | None =
 def rows(folder: Path, name: str) -> list[Row]:
     """The rows of ``folder``/``name``.jsonl; an empty list if there is no such file."""
     path = folder / f"{name}.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return jsonl.read(path) if path.exists() else []
 
 
 def run_of(row: Row) -> tuple[str, ...]:

@@ -3,15 +3,15 @@
 import re
 from typing import Any
 
-# An answer of N tokens is looked for in so many characters per token: what rambles on may name anything.
+# An answer of N tokens is looked for in its first 8 characters per token: a longer text may name anything.
 CHARACTERS_PER_TOKEN = 8
 
 
 def read(choice: Any, *, max_tokens: int, continued: bool) -> tuple[str, str | None]:
     """Return the text of a choice's answer, and why there is none; None if there is one.
 
-    max_tokens: of the answer alone. continued: whether the model went on from the beginning of an answer; it does not
-    think then, but vLLM may take all of it for thoughts, for it looks for their end.
+    max_tokens: of the answer alone. continued: whether the model continued the beginning of an answer. Then it does not
+    think, but vLLM may take all of it for thoughts, because it looks for their end.
     """
     message, cut = choice.message, choice.finish_reason == "length"
     content = message.content or ""

@@ -9,6 +9,7 @@ at most that list's smallest probability, and is given it: so the divergence is,
 """
 
 import asyncio
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -101,17 +102,26 @@ async def _listed(
 def agreement(ours: Path, dense: Path) -> dict[str, float]:
     """Compare two files of one window: places, places with the same best token, and the divergence of dense from ours.
 
-    The keys are tokens, same_top and kl, the last a sum over places in nats.
+    The keys are tokens, same_top and kl, the last a sum over places in nats. Raises EvalError for a damaged file.
     """
-    with np.load(ours) as a, np.load(dense) as b:
-        ids, dense_ids = a["ids"], b["ids"]
-        logprobs, dense_logprobs = a["logprobs"], b["logprobs"]
+    (ids, logprobs), (dense_ids, dense_logprobs) = map(_kept, (ours, dense))
     parts = range(0, len(ids), PLACES_AT_ONCE)
     kl = sum(
         divergence(dense_ids[part], dense_logprobs[part], ids[part], logprobs[part]).sum()
         for part in (slice(at, at + PLACES_AT_ONCE) for at in parts)
     )
     return {"tokens": len(ids), "same_top": int((ids[:, 0] == dense_ids[:, 0]).sum()), "kl": float(kl)}
+
+
+def _kept(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        with np.load(path) as file:
+            return file["ids"], file["logprobs"]
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise EvalError(
+            f"{path} is damaged or missing ({error}): remove the line with its name from items.jsonl, and it is asked "
+            "again"
+        ) from error
 
 
 def divergence(

@@ -5,8 +5,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from vllm_power.tools.common import jsonl
 from vllm_power.tools.evals.endpoint import Model
 from vllm_power.tools.evals.items import Item, Result
+from vllm_power.tools.evals.settings import EvalError
 
 
 class Store:
@@ -21,15 +23,18 @@ class Store:
         self.models_path = folder / "models.json"
         self.rows: dict[str, dict[str, Any]] = {}
         if self.path.exists():
-            whole = self._drop_torn_line(self.path.read_bytes())
-            self.rows = {row["digest"]: row for row in map(json.loads, whole.decode().splitlines())}
+            self._drop_torn_line(self.path.read_bytes())
+            try:
+                rows = jsonl.read(self.path, "digest", "result")
+            except ValueError as error:
+                raise EvalError(f"{error}, and its question is asked again") from None
+            self.rows = {row["digest"]: row for row in rows}
 
-    def _drop_torn_line(self, data: bytes) -> bytes:
+    def _drop_torn_line(self, data: bytes) -> None:
         """A run that was killed while it wrote leaves half a line at the end: that item is asked again."""
         whole = data[: data.rfind(b"\n") + 1]
         if whole != data:
             self.path.write_bytes(whole)
-        return whole
 
     def __contains__(self, item: Item) -> bool:
         return item.digest in self.rows
@@ -56,4 +61,10 @@ class Store:
         self.models_path.write_text(json.dumps(self._models() | {target: asdict(model)}, indent=1) + "\n")
 
     def _models(self) -> dict[str, dict[str, Any]]:
-        return json.loads(self.models_path.read_text()) if self.models_path.exists() else {}
+        if not self.models_path.exists():
+            return {}
+        try:
+            known: dict[str, dict[str, Any]] = json.loads(self.models_path.read_text())
+            return {target: asdict(Model(**model)) for target, model in known.items()}
+        except (ValueError, TypeError, AttributeError) as error:
+            raise EvalError(f"{self.models_path} is damaged ({error}); remove it") from None

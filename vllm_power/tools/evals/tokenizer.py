@@ -3,6 +3,7 @@
 import sys
 from typing import Any
 
+from vllm_power.tools.common.tokenizer import tokenizer_of
 from vllm_power.tools.evals.settings import EvalError
 
 CHAT_TOKENS = 64  # room for a chat template that is not known here
@@ -10,14 +11,12 @@ CHAT_TOKENS = 64  # room for a chat template that is not known here
 
 def load(source: str) -> Any:
     """transformers' tokenizer in a folder or of a name."""
-    from transformers import AutoTokenizer
-
     try:
         # Texts are cut to size here: no warning where one is longer than the model takes.
-        return AutoTokenizer.from_pretrained(source, model_max_length=sys.maxsize)
-    except (OSError, ValueError) as error:
+        return tokenizer_of(source, model_max_length=sys.maxsize)
+    except ValueError as error:
         raise EvalError(
-            f"there is no tokenizer at {source!r} ({str(error).splitlines()[0]}): "
+            f"there is no tokenizer at {source!r} ({str(error.__cause__).strip().splitlines()[0]}): "
             "give the served model's folder or name with --tokenizer"
         ) from error
 

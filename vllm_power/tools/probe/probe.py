@@ -26,6 +26,7 @@ from vllm_power.options import of_pattern
 from vllm_power.pattern import Pattern, preset
 from vllm_power.tools.common import results
 from vllm_power.tools.common.passkey_data import ADJECTIVES, NOUNS
+from vllm_power.tools.common.tokenizer import tokenizer_of
 from vllm_power.tools.probe.plot import plot
 
 SENTENCES = tuple(f" The {noun} is {adjective}." for noun in NOUNS for adjective in ADJECTIVES)
@@ -50,7 +51,7 @@ def run(
     options: the object under ``power`` in vLLM's --additional-config, merged with the checkpoint's as in the server.
     Raises ValueError if the arguments do not fit the model or each other.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     console = Console()
@@ -66,7 +67,7 @@ def run(
         )
     blocks, count = tokens // pattern.block_size, text_config.num_hidden_layers
     prompts = make_prompts(
-        AutoTokenizer.from_pretrained(model),
+        tokenizer_of(model),
         keys,
         samples=samples,
         tokens=tokens,

@@ -70,7 +70,7 @@ class Drawing(BaseModel):
         return self
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=4)  # up to 10 MB each
 def draw(drawing: Drawing) -> dict[str, Any]:
     """The drawing as JSON has it. Blocks are counted from 0; Q is the query block, N the number of blocks.
 
@@ -96,7 +96,7 @@ def draw(drawing: Drawing) -> dict[str, Any]:
         "layers_to_cover": None if None in hops else max(hop for hop in hops if hop is not None),
         "visible_counts": counts,
         "density": sum(counts) / (blocks * (blocks + 1) / 2),
-        "live": lifetimes(pattern, blocks - 1).live,
+        "live": list(lifetimes(pattern, blocks - 1).live),
         "rows": [pattern.visible_blocks(row) for row in range(blocks)] if blocks <= MAX_ROWS else None,
     }
 

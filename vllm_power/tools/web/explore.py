@@ -13,12 +13,13 @@ from fastapi import FastAPI
 from fastapi.responses import RedirectResponse
 
 from vllm_power.tools.web import routes, shapes
+from vllm_power.tools.web.guard import HostCheck, hosts_of
 
 
 def main(host: str, port: int, model: Path | None) -> int:
     """Serve until Ctrl-C; returns the exit status. model: a folder or config.json to begin the planner with."""
     try:
-        app = make_app(model)
+        app = make_app(model, hosts_of(host))
     except (OSError, ValueError) as error:
         print(f"--model: {error}", file=sys.stderr)
         return 1
@@ -31,10 +32,15 @@ def main(host: str, port: int, model: Path | None) -> int:
     return 0 if server.started else 1
 
 
-def make_app(model: Path | None = None) -> FastAPI:
-    """The application, without an engine. Raises OSError and ValueError as ``shapes.of_path`` does."""
+def make_app(model: Path | None = None, hosts: frozenset[str] | None = None) -> FastAPI:
+    """The application, without an engine. Raises OSError and ValueError as ``shapes.of_path`` does.
+
+    hosts: those that it answers for; None for all.
+    """
     app = FastAPI(title="vllm-power explore", docs_url=None, redoc_url=None)
     routes.attach(app)
+    if hosts is not None:
+        app.add_middleware(HostCheck, hosts=hosts)
 
     @app.get("/", include_in_schema=False)
     def root() -> RedirectResponse:

@@ -1,17 +1,26 @@
 """The planner's routes: what can be chosen, a model's shape by its config.json, and the estimate."""
 
+import json
 from typing import TYPE_CHECKING, Annotated, Any
 
-from fastapi import APIRouter, Body, HTTPException, Query, Request
+from fastapi import APIRouter, HTTPException, Query, Request
 
 from vllm_power.tools.web import gpus, shapes
 from vllm_power.tools.web.estimate import estimate
+from vllm_power.tools.web.guard import GuardedRoute
 from vllm_power.tools.web.question import Question
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-router = APIRouter(tags=["power"])
+
+router = APIRouter(tags=["power"], route_class=GuardedRoute)
+
+MOST_BYTES = 256 << 10  # of a config.json; the longest have about 50 kB
+MOST_CHARACTERS = 500  # of an error, which may quote the request
+CONFIG_BODY = {
+    "requestBody": {"content": {"application/json": {"schema": {"type": "object"}}}, "required": True}
+}
 
 
 @router.get("/v1/power/estimate")
@@ -39,13 +48,27 @@ def get_planner(request: Request) -> dict[str, Any]:
     }
 
 
-@router.post("/v1/power/shape")
-def post_shape(config: Annotated[dict[str, Any], Body()]) -> dict[str, Any]:
-    """The shape of a model by the text of its config.json; 400 where it cannot be planned, with the reason."""
+@router.post("/v1/power/shape", openapi_extra=CONFIG_BODY)
+async def post_shape(request: Request) -> dict[str, Any]:
+    """The shape of a model by the text of its config.json; 400 if it cannot be planned, with the reason."""
+    text = await read_body(request)
     try:
+        config = json.loads(text)
+        if not isinstance(config, dict):
+            raise ValueError("config.json has no object")
         return shapes.of_config(config).model_dump()
-    except ValueError as error:
-        raise HTTPException(400, str(error)) from None
+    except (ValueError, RecursionError) as error:
+        raise HTTPException(400, str(error)[:MOST_CHARACTERS]) from None
+
+
+async def read_body(request: Request) -> bytes:
+    """The body, read no further than a config.json can be long. Raises HTTPException with 413."""
+    body = b""
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MOST_BYTES:
+            raise HTTPException(413, f"config.json has at most {MOST_BYTES:,} bytes here")
+    return body
 
 
 def served(vllm_config: "VllmConfig") -> tuple[str, shapes.Shape] | None:

@@ -10,6 +10,8 @@ from vllm_power.tools.web import gpus, shapes
 from vllm_power.tools.web.drawing import MAX_TOKENS, Drawing
 from vllm_power.tools.web.shapes import Shape
 
+LEAST_BYTES = 1 / 8  # a number has at least a bit
+
 
 class Question(Shape):
     """A model, a workload and a GPU. Any field of the shape beats the one of the preset ``model``.
@@ -23,8 +25,8 @@ class Question(Shape):
     context: int = Field(131_072, ge=1, le=MAX_TOKENS // 2)
     output: int = Field(1_024, ge=1, le=MAX_TOKENS // 2)
     concurrency: int = Field(8, ge=1, le=65_536)
-    weight_bytes: float = Field(2, gt=0, le=4)
-    kv_bytes: float = Field(2, gt=0, le=4)
+    weight_bytes: float = Field(2, ge=LEAST_BYTES, le=4, allow_inf_nan=False)
+    kv_bytes: float = Field(2, ge=LEAST_BYTES, le=4, allow_inf_nan=False)
     gpu: str = "H200 SXM"
     gpus: int = Field(1, ge=1, le=1024)
     chunk: int = Field(8_192, ge=1, le=1 << 20)

@@ -13,6 +13,7 @@ from fastapi.responses import FileResponse
 
 from vllm_power.tools.web import planner
 from vllm_power.tools.web.drawing import Drawing, draw
+from vllm_power.tools.web.guard import GuardedRoute
 
 PAGE = Path(__file__).with_name("page")
 MEDIA_TYPES = {".html": "text/html; charset=utf-8", ".css": "text/css; charset=utf-8"} | {
@@ -21,7 +22,6 @@ MEDIA_TYPES = {".html": "text/html; charset=utf-8", ".css": "text/css; charset=u
 }
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",  # kept, but asked for again: a new version shows at once
 }
@@ -42,8 +42,8 @@ class Unavailable(RuntimeError):
     """There are no figures; the message says why."""
 
 
-page = APIRouter(include_in_schema=False)
-json = APIRouter(prefix="/v1/power", tags=["power"])
+page = APIRouter(include_in_schema=False, route_class=GuardedRoute)
+json = APIRouter(prefix="/v1/power", tags=["power"], route_class=GuardedRoute)
 
 
 def attach(app: FastAPI) -> None:
@@ -73,15 +73,9 @@ def _file(name: str) -> Response:
     return FileResponse(files[name], media_type=MEDIA_TYPES[files[name].suffix], headers=PAGE_HEADERS)
 
 
-def never_stored(response: Response) -> None:
-    response.headers["Cache-Control"] = "no-store"
-    response.headers["X-Content-Type-Options"] = "nosniff"
-
-
 @json.get("/info")
-def info(request: Request, response: Response) -> dict[str, Any]:
+def info(request: Request) -> dict[str, Any]:
     """What serves: pattern, options, executor, layers, versions. Without an engine, the versions alone."""
-    never_stored(response)
     engine: EngineView | None = getattr(request.app.state, "power", None)
     if engine is None:
         return {"engine": False, "versions": versions()}
@@ -89,9 +83,8 @@ def info(request: Request, response: Response) -> dict[str, Any]:
 
 
 @json.get("/live")
-def live(request: Request, response: Response) -> dict[str, Any]:
+def live(request: Request) -> dict[str, Any]:
     """The engine's figures of now; 404 without an engine, 503 where it has none to tell, both with the reason."""
-    never_stored(response)
     engine: EngineView | None = getattr(request.app.state, "power", None)
     if engine is None:
         raise HTTPException(404, NO_ENGINE)

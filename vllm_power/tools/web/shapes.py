@@ -43,9 +43,9 @@ class Shape(BaseModel):
     experts: int = Field(0, ge=0, le=1 << 16)
     experts_per_token: int = Field(0, ge=0, le=1 << 16)
     expert_size: int = Field(0, ge=0, le=1 << 22)
-    window_layers: int = Field(0, ge=0)
-    window_tokens: int = Field(0, ge=0)
-    dense_layers: int = Field(0, ge=0)
+    window_layers: int = Field(0, ge=0, le=1024)
+    window_tokens: int = Field(0, ge=0, le=1 << 24)
+    dense_layers: int = Field(0, ge=0, le=1024)
 
     @property
     def attention_parameters(self) -> int:
