@@ -1,6 +1,7 @@
 """adapt on a GPU: the whole command, and what the compiled layers compute against the same model on a CPU."""
 
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,9 @@ def test_the_command(extra: list[str], model: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     losses = [json.loads(line) for line in (tmp_path / "out" / "loss.jsonl").read_text().splitlines()]
     assert [row["length"] for row in losses] == [1024] * 4 + [2048] * 8
+    assert all(math.isfinite(row["loss"]) for row in losses)
+    if "--distill" in extra:
+        return  # a random teacher teaches noise: the loss begins at its own answers and cannot fall
     assert losses[-1]["loss"] < 0.9 * losses[0]["loss"]
     measured = [json.loads(line) for line in (tmp_path / "out" / "perplexity.jsonl").read_text().splitlines()]
     assert measured[-1]["power"] < measured[1]["power"]
