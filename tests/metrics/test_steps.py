@@ -1,5 +1,6 @@
 """The engine's count of its steps, against the pattern's definition, in vLLM's own scheduler."""
 
+import itertools
 import random
 import timeit
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from vllm.platforms import current_platform
 
 from vllm_power import compat
 from vllm_power.metrics import definitions, scheduler, shared_dir
-from vllm_power.pattern import Pattern, preset
+from vllm_power.pattern import Pattern, RowRule, preset
 from vllm_power.scheduler import PowerScheduler
 from vllm_power.tools.bench.engine import IMPLS
 from vllm_power.tools.bench.scheduler_alone import SchedulerAlone, configuration
@@ -98,6 +99,30 @@ def test_every_step_counts(
     assert (shown["sequences_running"], shown["kv_blocks_live"]) == (0, 0)
     assert shown["kv_blocks_capacity"] == pages - 1
     assert (alone.preemptions > 0) == (pages < 100)
+    assert shown["counting"] == 1
+
+
+def test_dense_rows_are_counted_with_all_that_they_read(engine: Callable[..., SchedulerAlone]) -> None:
+    """Two prompts in chunks of 1,024, then five tokens each: against the rule, row by row."""
+    alone = engine(500, {"mode": "training_free", "dense_layers": []}, **SETTINGS)
+    lengths, rule, pattern = (3000, 2050), RowRule(128, True), preset("power")
+    for length in lengths:
+        alone.add([length % 1000] * length, 5)
+        while alone.vllm.requests:
+            alone.step()
+    dense_rows = read = causal = 0
+    for length in lengths:
+        chunks = [*range(0, length, 1024), *range(length, length + 5)]
+        for start, end in itertools.pairwise(chunks):
+            rows = range(start, end)
+            dense_rows += sum(rule.sees_everything(row, length) for row in rows)
+            for block in {row // 256 for row in rows}:
+                is_dense = any(rule.sees_everything(row, length) for row in rows if row // 256 == block)
+                read += block + 1 if is_dense else len(pattern.visible_blocks(block))
+                causal += block + 1
+    shown = figures()
+    assert shown["dense_rows_total"] == dense_rows == 2 * (128 + 4)
+    assert (shown["blocks_read_total"], shown["blocks_skipped_total"]) == (read, causal - read)
     assert shown["counting"] == 1
 
 
@@ -208,7 +233,7 @@ def test_a_decode_step_is_counted_in_no_time(engine: Callable[..., SchedulerAlon
         alone.step()
     step = alone.vllm.schedule()
     assert step.total_num_scheduled_tokens == 256
-    seconds = min(timeit.repeat(lambda: alone.vllm.power_steps.count(step), number=50, repeat=20)) / 50
+    seconds = min(timeit.repeat(lambda: alone.vllm.power_steps.count(step, {}), number=50, repeat=20)) / 50
     assert seconds < 200e-6
 
 

@@ -33,6 +33,11 @@ TOKENS = Metric(
     "counter",
     "Tokens whose attention was computed: of prompts and of answers, drafts included, cached prefixes not.",
 )
+DENSE_ROWS = Metric(
+    "vllm_power_dense_rows_total",
+    "counter",
+    "Tokens that saw every earlier token in layers that run the pattern (dense_tail and decode).",
+)
 BLOCKS_READ = Metric(
     "vllm_power_blocks_read_total",
     "counter",

@@ -45,9 +45,11 @@ class CountedScheduler:
             refusals.check_any_layer(numbers[SPARSE], sum(numbers.values()))
 
     def update_from_output(self, scheduler_output: "SchedulerOutput", *args: Any, **kwargs: Any) -> Any:
+        counter = self.power_steps
+        prompts = {} if counter is None else counter.prompts(scheduler_output)
         outputs = super().update_from_output(scheduler_output, *args, **kwargs)  # type: ignore[misc]
-        if self.power_steps is not None:
-            self.power_steps.count(scheduler_output)
+        if counter is not None:
+            counter.count(scheduler_output, prompts)
         return outputs
 
 
@@ -61,6 +63,8 @@ class StepCounter:
         asked = options.of_config(vllm_config)
         pattern, max_model_len = asked.effective_pattern, vllm_config.model_config.max_model_len
         self.shift = pattern.block_size.bit_length() - 1
+        self.rule = asked.rows
+        self.dense_rows = 0
         # Optimistic lengths may run past the last block.
         self.visible = pattern.visible_counts(pattern.num_blocks(max_model_len) + 2)
         self.visible_before = [0, *accumulate(self.visible)]
@@ -72,6 +76,7 @@ class StepCounter:
             figure: self._value(figure)
             for figure in (
                 definitions.TOKENS,
+                definitions.DENSE_ROWS,
                 definitions.BLOCKS_READ,
                 definitions.BLOCKS_SKIPPED,
                 definitions.SEQUENCES_RUNNING,
@@ -95,19 +100,33 @@ class StepCounter:
         self._introduce(vllm_config, asked)
         self.counting.set(1)
 
-    def count(self, step: "SchedulerOutput") -> None:
+    def prompts(self, step: "SchedulerOutput") -> dict[str, int]:
+        """The prompt length of each request of a step, before the scheduler forgets those that end with it.
+
+        Empty if no row sees everything: then the lengths do not matter.
+        """
+        if not self.rule.has_dense_rows:
+            return {}
+        known = self.scheduler.requests
+        return {name: known[name].num_prompt_tokens for name in step.num_scheduled_tokens if name in known}
+
+    def count(self, step: "SchedulerOutput", prompts: dict[str, int]) -> None:
         """Count a step that was run. Raises nothing: after an error serving goes on, and the figure COUNTING is 0."""
         if not self.counting.number:
             return
         try:
-            self._count(step)
+            self._count(step, prompts)
         except Exception:
             self.counting.set(0)
             logger.exception("PowerAttention: its engine stops counting; serving goes on")
 
-    def _count(self, step: "SchedulerOutput") -> None:
+    def _count(self, step: "SchedulerOutput", prompts: dict[str, int]) -> None:
         if step.total_num_scheduled_tokens:
             read, causal = self._blocks(step)
+            if prompts:
+                dense_rows, unread = self._dense_rows(step, prompts)
+                self.dense_rows += dense_rows
+                read += unread
             self.steps += 1
             self.tokens += step.total_num_scheduled_tokens
             self.read += read
@@ -121,6 +140,7 @@ class StepCounter:
         """Show what was counted so far, and the state after this step."""
         shown = {
             definitions.TOKENS: self.tokens,
+            definitions.DENSE_ROWS: self.dense_rows,
             definitions.BLOCKS_READ: self.read,
             definitions.BLOCKS_SKIPPED: self.skipped,
             definitions.SEQUENCES_RUNNING: running,
@@ -156,6 +176,26 @@ class StepCounter:
                 read += self.visible_before[end] - self.visible_before[first]
                 causal += (end * (end + 1) - first * (first + 1)) // 2
         return read, causal
+
+    def _dense_rows(self, step: "SchedulerOutput", prompts: dict[str, int]) -> tuple[int, int]:
+        """The step's rows that see everything, and the blocks that they read beyond the pattern's.
+
+        A query block with such a row reads every block up to itself.
+        """
+        cached, shift, dense_rows, unread = step.scheduled_cached_reqs, self.shift, 0, 0
+        computed_of = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        computed_of.update((new.req_id, new.num_computed_tokens) for new in step.scheduled_new_reqs)
+        for name, prompt in prompts.items():
+            start, end = self.rule.dense_rows(prompt)
+            computed = computed_of[name]
+            first, last = max(start, computed), min(end, computed + step.num_scheduled_tokens[name]) - 1
+            if first > last:
+                continue
+            dense_rows += last + 1 - first
+            begin, past = first >> shift, (last >> shift) + 1
+            unread += (past * (past + 1) - begin * (begin + 1)) // 2
+            unread -= self.visible_before[past] - self.visible_before[begin]
+        return dense_rows, unread
 
     def _introduce(self, vllm_config: "VllmConfig", asked: options.PowerOptions) -> None:
         """Say what runs, by what the workers found in the model that they built (``stage``)."""
