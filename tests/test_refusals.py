@@ -122,3 +122,19 @@ def test_a_pattern_too_large_to_list_is_refused_before_anything_is_loaded(power,
     asked.parallel_config = SimpleNamespace(decode_context_parallel_size=1)
     with pytest.raises(ValueError, match="larger block_size") if refused else nullcontext():
         refusals.check_config(asked, on_cpu=False)
+
+
+def test_a_layer_that_wraps_the_backend():
+    """As vLLM's prefix language models, static sinks and encoder layers do (model_executor/layers/attention)."""
+    from vllm.v1.attention.backend import subclass_attention_backend
+
+    from vllm_power.cpu_backend import PowerCpuBackend, PowerCpuMetadataBuilder
+
+    wrapper = subclass_attention_backend("Prefix", PowerCpuBackend, PowerCpuMetadataBuilder)
+    layer = SimpleNamespace(layer_name="layers.3.attn", attn_backend=PowerCpuBackend)
+    refusals.check_wrapper(layer)
+    layer.attn_backend = wrapper
+    with pytest.raises(
+        ValueError, match=r"layers\.3\.attn is a SimpleNamespace, which changes what a token sees"
+    ):
+        refusals.check_wrapper(layer)
