@@ -187,5 +187,6 @@ def test_every_answer_may_not_be_stored_or_sniffed(client, path):
     ],
 )
 def test_explore_answers_only_for_its_own_host(bound, asked, status):
-    client = TestClient(make_app(hosts=hosts_of(bound)))
+    client = TestClient(make_app(hosts=hosts_of(bound, ["Proxy.example"])))
+    assert client.get("/v1/power/info", headers={"host": "proxy.example"}).status_code == 200
     assert client.get("/v1/power/info", headers={"host": asked}).status_code == status

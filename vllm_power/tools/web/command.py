@@ -12,6 +12,10 @@ def explore_command(
     model: Annotated[
         Path | None, typer.Option(help="Model for the planner: its folder or config.json.")
     ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(help="Another host to answer for, as behind a proxy that keeps the Host header."),
+    ] = None,
 ) -> None:
     """Serve a page that draws the pattern and sizes deployments; needs neither vLLM nor a GPU."""
     try:
@@ -20,4 +24,4 @@ def explore_command(
         typer.echo(f"{error.name} is not installed: pip install 'vllm-power[explore]'", err=True)
         raise typer.Exit(1) from None
 
-    raise typer.Exit(main(host, port, model))
+    raise typer.Exit(main(host, port, model, allow_host or ()))

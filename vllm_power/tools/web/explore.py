@@ -4,6 +4,7 @@ Needs the extra `explore` alone: neither vLLM nor torch.
 """
 
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from socket import socket
@@ -16,10 +17,13 @@ from vllm_power.tools.web import routes, shapes
 from vllm_power.tools.web.guard import HostCheck, hosts_of
 
 
-def main(host: str, port: int, model: Path | None) -> int:
-    """Serve until Ctrl-C; returns the exit status. model: a folder or config.json to begin the planner with."""
+def main(host: str, port: int, model: Path | None, allowed: Sequence[str] = ()) -> int:
+    """Serve until Ctrl-C; returns the exit status.
+
+    model: a folder or config.json to begin the planner with. allowed: more hosts to answer for than ``host``.
+    """
     try:
-        app = make_app(model, hosts_of(host))
+        app = make_app(model, hosts_of(host, allowed))
     except (OSError, ValueError) as error:
         print(f"--model: {error}", file=sys.stderr)
         return 1

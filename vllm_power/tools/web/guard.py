@@ -1,6 +1,6 @@
 """What guards the answers: their headers, errors included, and whom `vllm-power explore` answers at all."""
 
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 
 from fastapi.responses import PlainTextResponse
@@ -44,7 +44,7 @@ class HostCheck:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and self._host(scope) not in self.hosts:
             refusal = PlainTextResponse(
-                "This host is not served here: start vllm-power explore with --host", 403
+                "This host is not served here: start vllm-power explore with --allow-host", 403
             )
             await refusal(scope, receive, send)
             return
@@ -56,9 +56,13 @@ class HostCheck:
         return name if name and port.isdigit() else given
 
 
-def hosts_of(host: str) -> frozenset[str] | None:
-    """The hosts that a server which listens on ``host`` answers for; None for all, if it listens everywhere."""
+def hosts_of(host: str, allowed: Iterable[str] = ()) -> frozenset[str] | None:
+    """The hosts that a server which listens on ``host`` answers for, ``allowed`` included; None for all.
+
+    All, if it listens on every address.
+    """
     if host in ("", "0.0.0.0", "::"):
         return None
     name = f"[{host}]" if ":" in host else host.lower()
-    return LOOPBACK | {name} if name in LOOPBACK or name.startswith("127.") else frozenset({name})
+    loopback = LOOPBACK if name in LOOPBACK or name.startswith("127.") else frozenset()
+    return loopback | {name, *map(str.lower, allowed)}
