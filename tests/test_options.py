@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from vllm_power.options import PowerOptions, of_config, resolve
-from vllm_power.pattern import POWER, preset
+from vllm_power.pattern import POWER, RowRule, preset
 
 
 def config(additional_config=None, power_attention=None):
@@ -84,3 +84,38 @@ def test_options_that_are_no_pattern_survive_beside_a_checkpoints_pattern():
     merged = resolve(asked, {"pattern": "power", "window_blocks": 7})
     assert (merged.executor, merged.reclaim) == ("reference", False)
     assert merged.effective_pattern == preset("power", window_blocks=7)
+
+
+def test_the_mode_follows_the_checkpoint():
+    free = resolve(None, None)
+    assert (free.mode, free.rows, free.dense_layers) == (
+        "training_free",
+        RowRule(128, True),
+        {"every": 7, "keep": 2},
+    )
+    trained = resolve(None, {"pattern": "power"})
+    assert (trained.mode, trained.rows, trained.dense_layers) == ("trained", RowRule(), [])
+    stored = {"pattern": "power", "dense_tail": 64, "decode": "dense", "dense_layers": [3]}
+    assert resolve(None, stored).rows == RowRule(64, True)
+    assert resolve(None, stored).dense_layers == [3]
+    asked = {"mode": "training_free", "dense_tail": 32, "dense_layers": []}
+    assert (resolve(asked, None).rows, resolve(asked, None).dense_layers) == (RowRule(32, True), [])
+    assert resolve({"mode": "trained"}, None).rows == RowRule()
+
+
+def test_another_row_rule_than_the_checkpoints_is_a_contradiction():
+    with pytest.raises(ValueError, match="two different patterns"):
+        resolve({"dense_tail": 32}, {"dense_tail": 64})
+    assert resolve({"dense_tail": 32}, {"pattern": "power"}).dense_tail == 32
+
+
+def test_a_small_model_keeps_a_layer_for_the_pattern():
+    assert resolve(None, None).dense_layer_indices(2) == frozenset()
+    assert resolve(None, None).dense_layer_indices(3) == {0, 1}
+    assert resolve({"dense_layers": [0, 1]}, None).dense_layer_indices(2) == {0, 1}
+
+
+def test_a_configuration_is_parsed_once():
+    made = config({"power": {"block_size": 512}})
+    assert of_config(made) is of_config(made)
+    assert of_config(config({"power": {"block_size": 64}})).effective_pattern.block_size == 64

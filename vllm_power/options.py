@@ -121,6 +121,13 @@ class PowerOptions(PatternOptions):
         False, description="let the command line's pattern win over a different one in the checkpoint"
     )
 
+    def dense_layer_indices(self, num_layers: int) -> frozenset[int]:
+        """As :class:`PatternOptions` has it; but the default of a mode leaves none dense in a model so small that it
+        would leave no layer to the pattern."""
+        found = super().dense_layer_indices(num_layers)
+        is_default = self.dense_layers == MODES[self.mode]["dense_layers"] if self.mode in MODES else False
+        return frozenset() if is_default and len(found) == num_layers else found
+
 
 def resolve(command_line: Mapping[str, Any] | None, checkpoint: Mapping[str, Any] | None) -> PowerOptions:
     """The options in force, from the ``power`` object of the command line and the checkpoint's, either perhaps None.
