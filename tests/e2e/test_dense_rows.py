@@ -58,7 +58,8 @@ def check(
 
 
 @pytest.mark.parametrize(
-    "name, chunk", [("training-free", 64), ("tail-only", 64), *((name, 1000) for name in RULES)]
+    "name, chunk",
+    [("training-free", 64), ("tail-only", 64), ("decode-only", 1000), ("tail-1", 1000), ("all", 1000)],
 )
 def test_a_batch_equals_transformers(name: str, chunk: int, model: Path, worker: Worker) -> None:
     prompts = [random_tokens(length) for length in LENGTHS]
