@@ -112,7 +112,7 @@ def _share_metrics() -> None:
         shared_dir.open_board()
         collector.join_metrics()
     except Exception as error:
-        logger.warning("PowerAttention: there will be no metrics of it: %r", error)
+        logger.warning("PowerAttention: no metrics will be available: %r", error)
 
 
 def _keep_what_others_read(vllm_config: "VllmConfig") -> None:
