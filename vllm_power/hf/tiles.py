@@ -2,8 +2,8 @@
 
 A **tile** is ``tile`` tokens of one text, counted from the text's first token. Texts can begin anywhere in a row: tiles
 of different texts need not be aligned, and no token is moved. The lists of a pattern are the same for every text: a
-shorter text uses the beginning of each list. So a text costs one record per tile; it needs its own lists only if some of
-its tokens see everything.
+shorter text uses the beginning of each list. So a text costs one record per tile; it needs its own lists only if some
+of its tokens see everything.
 
 Records are int32 [records, 12]:
 
@@ -271,7 +271,7 @@ def _listed(whole: np.ndarray, partial: np.ndarray, own_bits: np.ndarray, bits: 
 
 @lru_cache(maxsize=16)
 def _seen(pattern: Pattern, tile: int, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """whole and partial, bool [count, count]; the bits for each tile's own keys, int32 [count]; the bits of all pairs."""
+    """whole and partial, bool [count, count]; bits for each tile's own keys, int32 [count]; bits of all pairs."""
     earlier = np.tri(count, k=-1, dtype=bool)
     nothing = np.zeros((count, count), np.int32)
     if pattern.name == "full":
