@@ -33,9 +33,7 @@ def test_a_page_that_does_not(page, block):
     "page, on_cpu, sizes", [(16, True, "32, 64, 128, 256"), (8, False, "16, 32, 64, 128, 256")]
 )
 def test_a_page_that_the_kernels_do_not_take(page, on_cpu, sizes):
-    with pytest.raises(
-        ValueError, match=rf"{page} tokens is none that the kernels take.*one of {sizes}, or leave"
-    ):
+    with pytest.raises(ValueError, match=rf"{page} tokens on this device.*one of {sizes}, or leave"):
         refusals.check_page_size(config(block_size=page), on_cpu)
 
 

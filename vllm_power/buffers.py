@@ -1,8 +1,8 @@
 """Device memory that steps use in addition to the KV cache: the plans' buffers and the decode kernel's workspace.
 
-vLLM fits its KV cache into what its memory profiling leaves. It runs every layer then, without metadata: at that moment
-the buffers of the first metadata builder are made already, so that they are counted. If the layers form several KV
-cache groups, those of the others come on top: under 1 MiB each on pages of 256.
+vLLM sizes its KV cache by the memory that is left after its memory profiling. Profiling runs every layer without
+metadata, and the buffers of the first metadata builder are created at that moment, so that they are counted. If the
+layers form several KV cache groups, the buffers of the others are not counted: under 1 MiB each with pages of 256.
 """
 
 import weakref
@@ -18,10 +18,10 @@ from vllm_power.kernels.plan_gpu import PlanBuilder
 
 
 class StepBuffers:
-    """What the steps of one KV cache group use.
+    """The buffers that the steps of one KV cache group use.
 
-    decode_len: requests of up to this many new tokens decode; longer ones prefill. decodes, prefills: their plans'
-    buffers. prompt_lens: int32 [max_num_seqs]. workspace: float32, for the decode kernel's splits.
+    decode_len: requests with up to this many new tokens decode; requests with more prefill. decodes, prefills: the
+    buffers of their plans. prompt_lens: int32 [max_num_seqs]. workspace: float32, for the decode kernel's splits.
     """
 
     def __init__(
@@ -48,24 +48,24 @@ class StepBuffers:
 
     @property
     def num_bytes(self) -> int:
-        """Device memory that they take."""
+        """The device memory of all buffers."""
         return sum(
             part.nbytes if isinstance(part, torch.Tensor) else part.num_bytes
             for part in (self.decodes, self.prefills, self.prompt_lens, self.workspace)
         )
 
 
-# Made while vLLM profiles memory, by the identity of the engine's configuration (configurations do not hash). None: the
-# first builder has taken them.
+# The buffers made while vLLM profiles memory, by the id of the engine's configuration (configurations are not
+# hashable). None: the first builder has taken them.
 _reserved: dict[int, StepBuffers | None] = {}
 
 
 def reserve(
     vllm_config: VllmConfig, num_heads: int, num_kv_heads: int, head_size: int, device: torch.device
 ) -> None:
-    """While vLLM profiles memory: make the buffers of a model once, for the shape of the first layer that is run.
+    """Make the buffers of a model once, while vLLM profiles memory, for the shape of the first layer that runs.
 
-    vLLM runs layers without metadata later too, when the first builder has taken the buffers: then nothing is made.
+    vLLM also runs layers without metadata later, after the first builder has taken the buffers: then this does nothing.
     """
     if id(vllm_config) not in _reserved:
         page_size = vllm_config.cache_config.block_size
@@ -83,7 +83,7 @@ def take(
     page_size: int,
     device: torch.device,
 ) -> StepBuffers:
-    """The buffers that were reserved, if they fit and no builder has taken them, or new ones."""
+    """The reserved buffers if they fit and no builder has taken them, otherwise new ones."""
     reserved = _reserved.get(id(vllm_config))
     if reserved is not None:
         _reserved[id(vllm_config)] = None

@@ -1,4 +1,4 @@
-"""Work-arounds for vLLM 0.32 and 0.33, each with its reason, its symptom and when it can go."""
+"""Workarounds for vLLM 0.32 and 0.33, each with its reason, its symptom and the condition for its removal."""
 
 import copyreg
 import sys
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
 
 def make_backend_picklable(restore: Callable[[], Any]) -> None:
-    """Let the name ``power`` survive the journey into a spawned engine process.
+    """Keep the backend ``power`` valid when vLLM pickles it for a spawned engine process.
 
-    restore: registers the backend and returns its enum member; importable, so that it can be pickled.
+    restore: registers the backend and returns its enum member. It must be importable, so that it can be pickled.
 
-    Why: vLLM unpickles the engine's configuration before it loads plugins there, and an enum member that was added at
-    run time is unknown at that moment (v1/engine/core.py, v1/attention/backends/registry.py).
+    Why: vLLM unpickles the engine's configuration in that process before it loads plugins, and an enum member that was
+    added at run time is still unknown then (v1/engine/core.py, v1/attention/backends/registry.py).
     Symptom: ``ValueError: 'vllm_power...' is not a valid AttentionBackendEnum`` in the engine process.
-    Goes when: vLLM loads plugins before it unpickles, or pickles backends by name.
+    Remove when: vLLM loads plugins before it unpickles, or pickles backends by name.
     """
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
@@ -31,14 +31,14 @@ def make_backend_picklable(restore: Callable[[], Any]) -> None:
 
 
 def adopt_platform(on_gpu: type, on_cpu: type) -> None:
-    """Put our few overrides, ``on_gpu`` or ``on_cpu``, in front of the class of vLLM's current platform object.
+    """Put our overrides, ``on_gpu`` or ``on_cpu``, in front of the class of vLLM's current platform object.
 
     Why: vLLM's CPU platform ignores the chosen attention backend, and only a platform sees the whole configuration
-    early enough to refuse it before anything is loaded. vLLM's ``platform_plugins`` could bring our class, but has room
-    for a single such plugin, and is skipped under ``VLLM_TARGET_DEVICE=cpu``: both would end in dense attention
-    without a word.
+    early enough to refuse it before anything is loaded. vLLM's ``platform_plugins`` could provide our class, but vLLM
+    accepts only one such plugin, and skips it under ``VLLM_TARGET_DEVICE=cpu``. Both cases would silently end in dense
+    attention.
     Symptom: "Cannot use AttentionBackendEnum.POWER backend on CPU." at INFO level, and dense attention.
-    Goes when: ``CpuPlatform.get_attn_backend_cls`` honours ``selected_backend``, as the CUDA platform does.
+    Remove when: ``CpuPlatform.get_attn_backend_cls`` honours ``selected_backend``, as the CUDA platform does.
     """
     from vllm.platforms import current_platform
 
@@ -54,12 +54,12 @@ def adopt_platform(on_gpu: type, on_cpu: type) -> None:
 def extend_scheduler(vllm_config: "VllmConfig", *extensions: type) -> None:
     """Put ``extensions`` in front of the class of this engine's scheduler.
 
-    Why: the scheduler alone knows what a step reads, for all ranks and without dummy batches, and it is where a request
-    and its block hashes pass by before the cache is asked. vLLM has no place for a plugin there. Its own
-    ``--scheduler-cls`` would take the place of a user's.
+    Why: only the scheduler knows what a step reads, for all ranks and without dummy batches. It also receives a request
+    and its block hashes before the prefix cache is searched. vLLM has no hook for plugins there, and using
+    ``--scheduler-cls`` would replace the user's own.
     Symptom: no ``vllm_power_...`` in /metrics; prefix hits on pages whose rows saw other keys.
-    Goes when: SchedulerStats has a field for plugins, filled in the engine's process, and a request's hashes take extra
-    keys from plugins.
+    Remove when: SchedulerStats has a field for plugins, filled in the engine's process, and plugins can add extra keys
+    to a request's hashes.
     """
     config = vllm_config.scheduler_config
     original = config.get_scheduler_cls()
@@ -69,11 +69,11 @@ def extend_scheduler(vllm_config: "VllmConfig", *extensions: type) -> None:
 
 
 def tell_kv_cache_kind(spec: type) -> None:
-    """Have vLLM's KV events and cache metadata call the blocks of ``spec`` "full_attention".
+    """Make vLLM's KV events and cache metadata report the blocks of ``spec`` as "full_attention".
 
-    Why: vLLM derives the kind from its own spec classes alone (``get_kv_cache_spec_kind`` in v1/kv_cache_interface.py).
-    Symptom: events with the kind "unknown", which prefix-aware routers leave out.
-    Goes when: a spec states its kind.
+    Why: vLLM derives the kind only from its own spec classes (``get_kv_cache_spec_kind`` in v1/kv_cache_interface.py).
+    Symptom: events with the kind "unknown", which prefix-aware routers ignore.
+    Remove when: a spec states its kind.
     """
     from vllm.v1 import kv_cache_interface
 
@@ -94,14 +94,14 @@ def tell_kv_cache_kind(spec: type) -> None:
 
 
 def tell_prompt_lengths() -> None:
-    """Have vLLM's model runners tell our builders the prompt length of each request: it decides which rows are dense.
+    """Make vLLM's model runners pass each request's prompt length, which decides the dense rows, to our builders.
 
-    Why: only the runners know it, and they fill ``CommonAttentionMetadata.rswa_prefix_lens``, which is just that, only
-    for models with ``rswa_window`` (v1/worker/gpu_model_runner.py, v1/worker/gpu/model_runner.py). With that property
-    set, FlashAttention would apply a window to its own layers. It reads the property itself, so the field alone changes
-    nothing for other backends.
-    Symptom: with dense rows, every request counts as one without a prompt.
-    Goes when: the metadata always has the prompt lengths.
+    Why: only the runners know it. They have a field for it, ``CommonAttentionMetadata.rswa_prefix_lens``, but fill it
+    only for models with ``rswa_window`` (v1/worker/gpu_model_runner.py, v1/worker/gpu/model_runner.py). With that
+    property set, FlashAttention would apply a window to its own layers. It reads the property itself, so filling only
+    the field changes nothing for other backends.
+    Symptom: with dense rows, every request is treated as one without a prompt.
+    Remove when: the metadata always has the prompt lengths.
     """
     v1 = sys.modules.get("vllm.v1.worker.gpu_model_runner")
     if v1 is not None:
@@ -118,7 +118,7 @@ def _wrap(owner: Any, name: str, wrapper: Any) -> None:
 
 
 class _Windowed:
-    """A ModelConfig that says it has ``rswa_window``."""
+    """A ModelConfig that claims to have ``rswa_window``."""
 
     rswa_window = 1
 

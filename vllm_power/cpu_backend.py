@@ -1,8 +1,9 @@
 """PowerAttention on CPUs: vLLM's own C++ attention (AVX-512, AMX, ...) over the plan.
 
-The kernels take varlen queries, key lengths and a block table. Given a plan's segments as if they were requests they
-compute PowerAttention exactly, with fp8 caches, soft caps and attention sinks as before. So only the metadata differs
-from vLLM's CPU backend (v1/attention/backends/cpu_attn.py); reading and writing the cache is inherited.
+The kernels take variable-length queries, key lengths and a block table. When they receive the segments of a plan as if
+they were requests, they compute exact PowerAttention, and fp8 caches, soft caps and attention sinks keep working. So
+only the metadata differs from vLLM's CPU backend (v1/attention/backends/cpu_attn.py); reading and writing the cache is
+inherited.
 """
 
 from typing import Any
@@ -47,7 +48,7 @@ class PowerCpuBackend(CPUAttentionBackend):
 
     @classmethod
     def supports_sliding_window(cls) -> bool:
-        return False  # such layers go to vLLM's CPU backend
+        return False  # such layers use vLLM's CPU backend
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
@@ -63,7 +64,7 @@ class PowerCpuBackend(CPUAttentionBackend):
 
 
 class PowerCpuMetadataBuilder(CPUAttentionMetadataBuilder):
-    """Builds the step's plan and hands it to vLLM's builder as if its segments were the requests."""
+    """Builds the step's plan and passes it to vLLM's builder as if its segments were the requests."""
 
     def __init__(
         self,
@@ -83,7 +84,7 @@ class PowerCpuMetadataBuilder(CPUAttentionMetadataBuilder):
         step = common_attn_metadata
         with writer.counted(LOOKS_AHEAD):
             refusals.check_causal(step)
-        # While no request is longer than the blocks that see everything, the plan would be the step itself.
+        # If no request is longer than the blocks that see everything, the plan would equal the step itself.
         if step.max_seq_len > self.visible.pattern.dense_tokens:
             starts, lengths, table = step.query_start_loc, step.seq_lens, step.block_table_tensor
             prompts = torch.from_numpy(prompt_lengths.of_step(step, slice(0, step.num_reqs))).to(
@@ -97,7 +98,7 @@ class PowerCpuMetadataBuilder(CPUAttentionMetadataBuilder):
 
 
 def over_plan(step: CommonAttentionMetadata, plan: Plan) -> CommonAttentionMetadata:
-    """The step with the plan's segments in place of its requests; tokens and cache slots stay as they are."""
+    """The step with the plan's segments instead of its requests; tokens and cache slots are unchanged."""
     return step.replace(
         query_start_loc=plan.segment_start_loc,
         query_start_loc_cpu=plan.segment_start_loc,
@@ -108,7 +109,7 @@ def over_plan(step: CommonAttentionMetadata, plan: Plan) -> CommonAttentionMetad
 
 
 class PowerCpuImpl(LayerImpl, CPUAttentionBackendImpl):
-    """vLLM's CPU attention; refuses what a rewritten table cannot express, and steps aside in dense layers."""
+    """vLLM's CPU attention. Refuses what a rewritten table cannot express, and is replaced in dense layers."""
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
-"""Executors: each runs ordinary causal paged attention over a plan's segments, on its own kernels.
+"""Executors: each runs ordinary causal paged attention over a plan's segments, with its own kernels.
 
-``triton`` is ours, ``flash_attn`` is vLLM's FlashAttention (vllm/vllm_flash_attn/flash_attn_interface.py),
-``reference`` is the oracle's formula. The CPU needs none: its plan goes through vLLM's own backend.
+``triton`` runs our kernels, ``flash_attn`` is vLLM's FlashAttention (vllm/vllm_flash_attn/flash_attn_interface.py),
+``reference`` is the oracle's formula. The CPU needs no executor: vLLM's own backend runs its plan.
 """
 
 from collections.abc import Callable
@@ -23,8 +23,8 @@ class LayerCall:
     """One layer's attention in one step.
 
     query, output: [T, H, D]. kv_cache: [pages, G, page_size, 2 * D], keys before values, any strides but the last.
-    k_scale, v_scale: float32 scalars on the device that an fp8 cache is multiplied by; None if it is not fp8.
-    sinks: [H], the model's attention sinks, if it has any.
+    k_scale, v_scale: float32 scalars on the device, the factors of an fp8 cache; None if it is not fp8.
+    sinks: [H], the model's attention sinks; None if it has none.
     """
 
     query: torch.Tensor
@@ -39,12 +39,12 @@ class LayerCall:
 
 @dataclass
 class Part:
-    """The segments of a step that go through one kernel.
+    """The segments of a step that one kernel runs.
 
-    rows: the step's tokens that the plan's queries count, as a slice or as indices.
-    max_query_len: the most query tokens that a segment can have.
-    executor: one of ``EXECUTORS``. workspace: float32, for the decode kernel's splits. schedule: FlashAttention 3's
-    ahead-of-time schedule for the plan, if it has one. num_splits: FlashAttention's bound on splits, 0 for its own
+    rows: the step's tokens that the plan's query indices refer to, as a slice or as indices.
+    max_query_len: the maximum number of query tokens in a segment.
+    executor: one of ``EXECUTORS``. workspace: float32, for the decode kernel's splits. schedule: the plan's
+    ahead-of-time schedule for FlashAttention 3, or None. num_splits: FlashAttention's bound on splits, 0 for its own
     choice.
     """
 
@@ -60,9 +60,9 @@ class Part:
 
 @dataclass
 class PowerMetadata:
-    """A step: its parts, and how many of its tokens are real (or padding that a CUDA graph brought).
+    """A step: its parts, and the number of its tokens (padding for a CUDA graph may be among them).
 
-    The parts run in order: the dense rows of prompts come after the part that computed them under the pattern.
+    The parts run in order: the dense rows of prompts come after the part that computes them under the pattern.
     """
 
     num_actual_tokens: int
@@ -74,7 +74,7 @@ def attend(part: Part, layer: LayerCall) -> None:
     rows, output = part.rows, layer.output
     if (
         isinstance(rows, slice) and rows.stop - rows.start == output.shape[0]
-    ):  # nearly always, and the host's time counts
+    ):  # the usual case, kept short because it costs host time
         EXECUTORS[part.executor](part, layer)
         return
     own = replace(layer, query=layer.query[rows], output=output[rows])
@@ -130,9 +130,9 @@ def flash_attn(part: Part, layer: LayerCall) -> None:
 
 
 def reference(part: Part, layer: LayerCall) -> None:
-    """The oracle's formula, segment by segment in float32. Slow: to tell a kernel's fault from the plan's.
+    """The oracle's formula, segment by segment in float32. Slow: it serves to tell kernel bugs from plan bugs.
 
-    Reads the plan back to the host, so no CUDA graph can hold it.
+    It reads the plan back to the host, so no CUDA graph can contain it.
     """
     plan, page_size = part.plan, layer.kv_cache.shape[2]
     key_cache, value_cache = split_cache(layer.kv_cache)
@@ -158,14 +158,14 @@ EXECUTORS: dict[str, Callable[[Part, LayerCall], None]] = {
     "flash_attn": flash_attn,
     "reference": reference,
 }
-# What "auto" takes for rows that see the pattern: faster than FlashAttention over the same plan, in prefill and in
-# decode, on an H200 (docs/results/kernels.jsonl), and runs on every GPU.
+# What "auto" uses for rows that see the pattern: on an H200 it is faster than FlashAttention over the same plan, in
+# prefill and in decode (docs/results/kernels.jsonl), and it runs on every GPU.
 AUTO = "triton"
 
 
 @cache
 def flash_attn_version() -> int | None:
-    """The FlashAttention that vLLM uses on this device, None without one."""
+    """The FlashAttention version that vLLM uses on this device; None if there is none."""
     from vllm.v1.attention.backends.fa_utils import (
         get_flash_attn_version,
         is_flash_attn_varlen_func_available,
@@ -177,8 +177,8 @@ def flash_attn_version() -> int | None:
 def choose(asked: str, is_fp8: bool, dtype: torch.dtype, head_size: int) -> tuple[str, str]:
     """The executors for rows that see the pattern and for rows that see everything.
 
-    asked: the option ``executor``. With "auto", dense rows take vLLM's FlashAttention, which a server without
-    the pattern would run, if it is there and takes the cache; else the executor of the other rows.
+    asked: the option ``executor``. With "auto", dense rows use FlashAttention 3, as a server without the pattern would,
+    if vLLM has it on this device and it supports the cache; otherwise they use the executor of the other rows.
     """
     sparse = AUTO if asked == "auto" else asked
     takes = not is_fp8 and dtype != torch.float32 and head_size <= 256 and flash_attn_version() == 3
@@ -188,8 +188,8 @@ def choose(asked: str, is_fp8: bool, dtype: torch.dtype, head_size: int) -> tupl
 class FlashSchedule:
     """FlashAttention 3's ahead-of-time schedules for decode, made once per step instead of in each layer.
 
-    As vLLM's own builder does it (v1/attention/backends/flash_attn.py, ``_get_scheduler_metadata``): with CUDA graphs
-    the schedule stays in one buffer, and the number of splits has a bound.
+    This follows vLLM's own builder (v1/attention/backends/flash_attn.py, ``_get_scheduler_metadata``): with CUDA graphs
+    the schedule stays in one buffer, and the number of splits is bounded.
     """
 
     def __init__(self, vllm_config: Any, kv_cache_spec: Any, num_heads: int, device: torch.device) -> None:
@@ -200,11 +200,11 @@ class FlashSchedule:
             self.graph_tokens = compilation.max_cudagraph_capture_size or 0
         self.max_splits = vllm_config.attention_config.flash_attn_max_num_splits_for_cuda_graph
         most = max(vllm_config.scheduler_config.max_num_seqs, self.graph_tokens)
-        # One counter, and four numbers for each segment, their number rounded up to a multiple of four.
+        # One counter, and four numbers per segment, with the number of segments rounded up to a multiple of four.
         self.buffer = torch.zeros(1 + -(-most // 4) * 16, dtype=torch.int32, device=device)
 
     def add_to(self, part: Part, num_tokens: int, max_seq_len: int) -> None:
-        """Give ``part`` of ``num_tokens`` tokens its schedule. max_seq_len: the most keys that a segment can have."""
+        """Add the schedule to ``part``, which has ``num_tokens`` tokens. max_seq_len: the most keys of a segment."""
         from vllm.v1.attention.backends.fa_utils import get_scheduler_metadata
 
         plan, in_graph = part.plan, num_tokens <= self.graph_tokens
@@ -229,5 +229,5 @@ class FlashSchedule:
             return
         used = schedule.shape[0]
         self.buffer[:used] = schedule
-        self.buffer[used:] = 0  # a stale rest could be taken for work
+        self.buffer[used:] = 0  # stale numbers could be taken for work
         part.schedule = self.buffer[:used]

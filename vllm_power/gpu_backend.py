@@ -1,12 +1,12 @@
 """PowerAttention over vLLM's paged KV cache on GPUs: backend, metadata builder and layer implementation.
 
 vLLM builds one ``PowerMetadataBuilder`` per KV cache group and calls it once per step; every layer's ``PowerImpl`` then
-runs the executors over the step's plans (vllm/v1/attention/backend.py). Plans are built by a kernel into buffers that
-stay where they are, so that CUDA graphs stay valid; no length is read back from the device.
+runs the executors over the step's plans (vllm/v1/attention/backend.py). A kernel builds the plans in buffers with fixed
+addresses, so that CUDA graphs stay valid. No length is read back from the device.
 
-Rows that see everything (``pattern.RowRule``): among the requests that decode, the plan itself follows the rule, by
-prompt lengths on the device. In prefill, where a step's lengths are known on the host, all rows see the pattern first,
-and dense rows are then computed again over the request's whole page table.
+Rows that see everything (``pattern.RowRule``): for requests that decode, the plan itself follows the rule, using prompt
+lengths on the device. For requests that prefill, the host knows the step's lengths: first all rows see the pattern,
+then the dense rows are computed again over the request's whole page table.
 """
 
 from typing import Any, ClassVar
@@ -40,7 +40,7 @@ from vllm_power.metrics.definitions import LOOKS_AHEAD
 from vllm_power.options import NAME
 from vllm_power.warmup import warm_up
 
-# A page of a whole block: the fastest for both kernels on an H200 (docs/results/kernels.jsonl; 4 to 10% over 16).
+# One page per block: the fastest for both kernels on an H200 (docs/results/kernels.jsonl; 4 to 10% over pages of 16).
 PREFERRED_PAGE = 256
 
 
@@ -98,7 +98,7 @@ class PowerBackend(AttentionBackend):
 
     @classmethod
     def executor_name(cls, vllm_config: VllmConfig) -> str:
-        """What runs the plans, for the start-up line."""
+        """What runs the plans, for the log line at startup."""
         sparse, dense = executors_of(vllm_config)
         has_dense_rows = options.of_config(vllm_config).rows.has_dense_rows
         return f"{sparse} (dense rows: {dense})" if has_dense_rows and dense != sparse else sparse
@@ -107,8 +107,8 @@ class PowerBackend(AttentionBackend):
 class PowerMetadataBuilder(AttentionMetadataBuilder[PowerMetadata]):
     """Builds a step's plans on the GPU (vllm/v1/attention/backend.py, AttentionMetadataBuilder).
 
-    A batch has requests that decode (one new token each, or a few drafts), which lead it, and requests that prefill.
-    Each kind gets a plan in buffers of its own. Dense rows of prefills are a part of their own.
+    A batch starts with the requests that decode (one new token each, or a few drafts), followed by the requests that
+    prefill. Each kind has its own plan in its own buffers. The dense rows of prefills form a separate part.
     """
 
     def __init__(
@@ -202,7 +202,7 @@ class PowerMetadataBuilder(AttentionMetadataBuilder[PowerMetadata]):
         prompt_lens: torch.Tensor | None = None,
         max_seq_len: int | None = None,
     ) -> Part:
-        """The requests that decode. The tensors and bounds are those of ``PlanBuilder.build``."""
+        """The part of the requests that decode. The tensors and bounds are those of ``PlanBuilder.build``."""
         max_query_len = min(max_query_len, self.decode_len)
         plan = self.buffers.decodes.build(
             query_start_loc, seq_lens, page_table, num_tokens, max_query_len, prompt_lens
@@ -225,14 +225,14 @@ class PowerMetadataBuilder(AttentionMetadataBuilder[PowerMetadata]):
         max_query_len: int,
         first: int = 0,
     ) -> Part:
-        """The requests that prefill, all rows under the pattern. first: the step's tokens before theirs."""
+        """The part of the requests that prefill, all rows under the pattern. first: number of tokens before them."""
         plan = self.buffers.prefills.build(query_start_loc, seq_lens, page_table, num_tokens, max_query_len)
         longest = min(max_query_len, self.block_size)
         rows = slice(0, first + num_tokens)  # the plan's queries are counted from the step's first token
         return Part(plan, rows, longest, False, self.sparse, self.buffers.workspace)
 
     def dense_part(self, runs: prompt_lengths.DenseRuns, page_table: torch.Tensor) -> Part:
-        """The dense rows of requests that prefill, over each request's own pages."""
+        """The part of the dense rows of requests that prefill, over each request's own pages."""
 
         def put(numbers: np.ndarray) -> torch.Tensor:
             return torch.from_numpy(numbers).to(self.device, non_blocking=True)

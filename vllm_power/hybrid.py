@@ -1,9 +1,10 @@
-"""Models in which some layers stay dense: those run vLLM's own backend for the platform, at its full speed.
+"""Models in which some layers stay dense: these layers run vLLM's own backend for the platform, at full speed.
 
-vLLM picks a backend without knowing the layer. So every layer is built with ours, and those that stay dense change
-over when their weights are loaded: the first moment at which an implementation can find its layer, and before vLLM asks
-the layers for their KV cache specs, layouts and metadata builders. Dense layers are a KV cache group of their own and
-give no block back. So do layers that attend inside chunks (Llama-4): vLLM wraps the backend that it picked for them.
+vLLM picks a backend without knowing the layer. So every layer is built with our backend, and the layers that stay dense
+switch to vLLM's when their weights have been loaded. That is the first moment at which an implementation can find its
+layer, and it is before vLLM asks the layers for their KV cache specs, layouts and metadata builders. Layers that attend
+inside chunks (Llama-4) switch in the same way; vLLM has wrapped the backend that it picked for them. Dense layers form
+their own KV cache group, which reclaims no blocks.
 """
 
 from typing import Any
@@ -25,9 +26,9 @@ from vllm_power.layers import stays_dense
 
 
 class LayerImpl:
-    """What our implementations share: they remember how they were built, and step aside in a layer that stays dense.
+    """What our implementations share: they record their arguments, and are replaced in a layer that stays dense.
 
-    Stands before vLLM's AttentionImpl class among an implementation's bases.
+    This class precedes vLLM's AttentionImpl class among the bases of an implementation.
     """
 
     head_size: int
@@ -35,14 +36,14 @@ class LayerImpl:
     kv_cache_dtype: str
 
     def remember(self, *arguments: Any, **extra: Any) -> None:
-        """Call first in ``__init__``, with its arguments in vLLM's order."""
+        """Record the arguments of ``__init__``, in vLLM's order. Call this first in ``__init__``."""
         self.vllm_config = get_current_vllm_config()
         self.arguments, self.extra_arguments = arguments, extra
         kv_cache.configure(self.vllm_config)
         compat.tell_prompt_lengths()
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
-        """Raises ValueError for a layer whose class wraps our backend in one of its own."""
+        """Replace the backend if the layer stays dense. Raises ValueError if the layer's class wraps our backend."""
         super().process_weights_after_loading(act_dtype)  # type: ignore[misc]
         for layer in self.vllm_config.compilation_config.static_forward_context.values():
             if getattr(layer, "impl", None) is not self:

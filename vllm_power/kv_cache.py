@@ -1,9 +1,9 @@
-"""Exact reclamation: a KV block goes back to vLLM's pool once no later query of its request can see it.
+"""Exact reclamation: a KV block is returned to vLLM's pool when no later query of its request can see it.
 
-vLLM asks the backend for a layer's KV cache spec and looks up the manager of that spec in its registry. Ours is a spec
-of its own kind, neither full attention (prefix hits have holes) nor a sliding window (the holes are in the middle).
-The last query of a request is known: prompt plus max_tokens, at most max_model_len. Freed blocks keep their hash until
-vLLM reuses them, so later prompts may still find them.
+vLLM asks the backend for a layer's KV cache spec and looks up the manager of that spec in its registry. Our spec is a
+separate kind, neither full attention (prefix hits have holes) nor a sliding window (the holes are in the middle). The
+last query of a request is known: prompt plus max_tokens, at most max_model_len. Freed blocks keep their hash until vLLM
+reuses them, so later prompts may still find them.
 
 Written against vllm/v1/core/single_type_kv_cache_manager.py and vllm/v1/kv_cache_spec_registry.py.
 """
@@ -28,11 +28,11 @@ from vllm_power.pattern import Pattern
 
 @dataclass(frozen=True, kw_only=True)
 class PowerAttentionSpec(AttentionSpec):
-    """The KV cache of a layer that runs ``pattern``. ``block_size`` is vLLM's word for the tokens of a page.
+    """The KV cache of a layer that runs ``pattern``. ``block_size`` is vLLM's name for the tokens per page.
 
     max_model_len: the longest sequence. max_in_flight_tokens: the most tokens of steps that are not settled yet.
     lookahead_tokens: how far past the last token speculative decoding may query.
-    dense_tail: the last tokens of a prompt that see everything: while there are any, blocks live until the prompt ends.
+    dense_tail: how many last tokens of a prompt see everything. If not 0, blocks live until the prompt ends.
     """
 
     pattern: Pattern
@@ -42,12 +42,12 @@ class PowerAttentionSpec(AttentionSpec):
     dense_tail: int = 0
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
-        """Bytes that one request of max_model_len holds at its peak: vLLM sizes and reports concurrency by it."""
+        """Peak bytes of one request of max_model_len tokens. vLLM sizes the cache and reports concurrency by it."""
         return self.peak_pages(0, vllm_config.model_config.max_model_len) * self.page_size_bytes
 
     @property
     def pages_per_block(self) -> int:
-        """Raises ValueError where vLLM made the page larger than a block, to match another layer's page in bytes."""
+        """Raises ValueError if vLLM made the page larger than a block, to match another layer's page in bytes."""
         if self.pattern.block_size % self.block_size:
             raise ValueError(
                 f"vLLM chose pages of {self.block_size} tokens, which do not divide the pattern's block of "
@@ -58,14 +58,14 @@ class PowerAttentionSpec(AttentionSpec):
 
     def lifetimes(self, num_tokens: int) -> Lifetimes:
         """The lives of the blocks of a request that never exceeds ``num_tokens`` tokens."""
-        # The last token that is sampled is not a query any more.
+        # The last sampled token never becomes a query.
         last_query = min(max(num_tokens - 2, 0) + self.lookahead_tokens, self.max_model_len - 1)
         return lifetimes(self.pattern, last_query // self.pattern.block_size)
 
     def peak_pages(self, query_block: int, num_tokens: int) -> int:
         """The most pages that a request of up to ``num_tokens`` tokens holds from ``query_block`` on.
 
-        Blocks are freed once their steps are settled; what is in flight comes on top of the live ones.
+        Blocks are freed when their steps are settled, so blocks in flight are added to the live ones.
         """
         if self.dense_tail:
             return -(-num_tokens // self.block_size)
@@ -77,12 +77,12 @@ class PowerAttentionSpec(AttentionSpec):
 
 @dataclass(slots=True)
 class _Request:
-    """What the manager keeps of a request that holds pages. Most steps pass neither of the two marks.
+    """What the manager records about a request that holds pages. Most steps reach neither of the last two marks.
 
-    num_tokens: the most that it can get. kept_until: blocks live at least until this many tokens are settled.
-    num_null: pages of its table that it does not hold. query_block: all queries before this block are through.
-    next_release: settled tokens at which the next block is through. next_full_page: tokens at which the next page can
-    be found by its hash.
+    num_tokens: the maximum number of its tokens. kept_until: blocks live at least until this many tokens are settled.
+    num_null: null pages in its table. query_block: all queries before this block are settled. next_release: the number
+    of settled tokens at which the next block is settled. next_full_page: the number of tokens at which the next page
+    is full and can be found by its hash.
     """
 
     num_tokens: int
@@ -94,7 +94,7 @@ class _Request:
 
 
 class PowerAttentionManager(SingleTypeKVCacheManager):
-    """Frees the dead blocks of each request, in the middle of its table, as its queries pass them."""
+    """Frees the dead blocks of each request, even in the middle of its table, as its queries advance."""
 
     kv_cache_spec: PowerAttentionSpec
 
@@ -102,18 +102,18 @@ class PowerAttentionManager(SingleTypeKVCacheManager):
         super().__init__(kv_cache_spec, **kwargs)
         self.prefix_caching: bool = kwargs["enable_caching"]
         self.requests: dict[str, _Request] = {}
-        self.num_reclaimed = 0  # pages given back early, of all requests so far
+        self.num_reclaimed = 0  # pages returned early, of all requests so far
 
     # --- what vLLM calls ----------------------------------------------------------------------------------------
 
     def remove_skipped_blocks(
         self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
     ) -> None:
-        """Free what no query from ``processed_computed_tokens`` on can see. Called before every allocation."""
+        """Free the pages that no query from ``processed_computed_tokens`` on sees. Called before every allocation."""
         known = self.requests.get(request_id)
         if known is None:
-            # vLLM hands a manager the Request, which knows max_tokens, only through cache_blocks at the end of an
-            # allocation, and calls that only where this flag is set. Without prefix caching nothing else reads it.
+            # vLLM passes the Request, which knows max_tokens, to a manager only through cache_blocks, at the end of an
+            # allocation, and calls that only if this flag is set. Without prefix caching nothing else reads the flag.
             self.enable_caching = True
         elif processed_computed_tokens >= max(known.next_release, known.kept_until):
             self._release(request_id, known, processed_computed_tokens)
@@ -142,7 +142,7 @@ class PowerAttentionManager(SingleTypeKVCacheManager):
         apply_admission_cap: bool = False,
         prefill_end: int = 0,
     ) -> int:
-        """As vLLM's; with ``apply_admission_cap``, no more than the request still comes to hold at its peak."""
+        """As vLLM's; with ``apply_admission_cap``, at most the pages that the request still needs up to its peak."""
         needed = super().get_num_blocks_to_allocate(
             request_id,
             num_tokens,
@@ -177,10 +177,10 @@ class PowerAttentionManager(SingleTypeKVCacheManager):
         dcp_world_size: int = 1,
         pcp_world_size: int = 1,
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
-        """The longest prefix of which every page is cached that a query after it can see, up to max_model_len.
+        """The longest prefix whose pages are all cached, as far as a query after it (up to max_model_len) can see them.
 
-        A missing page of block b rules out the hits that end after it and whose queries still read b; not the longer
-        ones. Pages that no query after the hit sees are null in the result.
+        A missing page of block b rules out the hits that end after it while later queries still read b, but not longer
+        hits. Pages that no query after the hit sees are null in the result.
         """
         spec = kv_cache_spec
         page_size, pages_per_block = spec.block_size, spec.pages_per_block
@@ -224,7 +224,7 @@ class PowerAttentionManager(SingleTypeKVCacheManager):
     # --- helpers ------------------------------------------------------------------------------------------------
 
     def _meet(self, request: Request) -> _Request:
-        """Note how long the request can get. It has its first pages, null where its prefix hit needs none."""
+        """Record the maximum length of a request at its first allocation. Pages that its prefix hit skips are null."""
         limit = kept_until = self.kv_cache_spec.max_model_len
         if not getattr(request, "resumable", False):  # a resumable request may get more prompt later
             limit = min(limit, request.num_prompt_tokens + request.max_tokens)
@@ -233,7 +233,9 @@ class PowerAttentionManager(SingleTypeKVCacheManager):
         self.requests[request.request_id] = met = _Request(
             limit, kept_until if self.kv_cache_spec.dense_tail else 0, num_null
         )
-        self.num_cached_block.setdefault(request.request_id, 0)  # vLLM's shorter way for a running request
+        self.num_cached_block.setdefault(
+            request.request_id, 0
+        )  # lets vLLM take its shorter path for running requests
         self.enable_caching = self.prefix_caching
         return met
 
@@ -257,22 +259,22 @@ class PowerAttentionManager(SingleTypeKVCacheManager):
         self.num_reclaimed += len(freed)
 
 
-KVCacheSpecRegistry._ensure_registered()  # ours first would leave vLLM's own specs out of the registry
+KVCacheSpecRegistry._ensure_registered()  # otherwise the registry would never get vLLM's own specs
 KVCacheSpecRegistry.register(
     PowerAttentionSpec, PowerAttentionManager, uniform_type_base_spec=PowerAttentionSpec
 )
 
 
-# vLLM calls a backend's customize_spec without the configuration, in the process that built the layers before. These
-# are the fields that our spec has beyond vLLM's; None where reclamation is off.
+# vLLM calls a backend's customize_spec without the configuration, in the process that has built the layers. These are
+# the fields of our spec in addition to vLLM's; None if reclamation is off.
 _settings: dict[str, Any] | None = None
 
 
 def configure(vllm_config: VllmConfig) -> None:
-    """Say, where a layer is built, what :func:`customize_spec` will put into its spec."""
+    """Set what :func:`customize_spec` will put into a layer's spec. Called when the layer is built."""
     global _settings
     if vllm_config.model_config.runner_type == "draft":
-        return  # what was said for the target model holds for its draft model
+        return  # the settings of the target model apply to its draft model
     _settings = None
     if why_not(vllm_config) is None:
         _settings = {
@@ -284,18 +286,18 @@ def configure(vllm_config: VllmConfig) -> None:
         }
 
 
-# The model whose layers must keep everything, and why.
+# The model whose layers must keep all blocks, and why.
 _kept: tuple[Any, str] | None = None
 
 
 def keep_everything(vllm_config: VllmConfig, reason: str) -> None:
-    """Switch reclamation off for ``reason``, which the built layers show. vLLM has not asked for their specs yet."""
+    """Disable reclamation for ``reason``. Called when the layers are built, before vLLM asks for their specs."""
     global _settings, _kept
     _settings, _kept = None, (vllm_config.model_config, reason)
 
 
 def why_not(vllm_config: VllmConfig) -> str | None:
-    """Why blocks are not given back early in this configuration; None where they are."""
+    """Why this configuration does not return blocks early; None if it does."""
     asked = options.of_config(vllm_config)
     if _kept is not None and _kept[0] is vllm_config.model_config:
         return _kept[1]
@@ -313,7 +315,7 @@ def why_not(vllm_config: VllmConfig) -> str | None:
 
 
 def customize_spec(spec: AttentionSpec) -> AttentionSpec:
-    """The spec of a layer that runs the pattern: ours in place of full attention, where reclamation is on."""
+    """The spec of a layer that runs the pattern: ours instead of full attention if reclamation is on."""
     if _settings is None or type(spec) is not FullAttentionSpec:
         return spec
     shared = {field.name: getattr(spec, field.name) for field in fields(AttentionSpec)}

@@ -1,7 +1,7 @@
-"""What each attention layer of a vLLM model runs: the one classification that every module asks.
+"""What each attention layer of a vLLM model runs: the only classification, which every module uses.
 
 A layer runs the pattern ("sparse"), vLLM's own attention over all tokens ("dense") or over a window or chunk
-("sliding_window"). Layers of a draft model or a drafting head are told apart by ``drafts``.
+("sliding_window"). ``drafts`` identifies the layers of a draft model or a drafting head.
 """
 
 from collections.abc import Iterator
@@ -24,13 +24,13 @@ def is_selected(vllm_config: "VllmConfig") -> bool:
 
 
 def is_draft(vllm_config: "VllmConfig") -> bool:
-    """Whether this configuration is that of a draft model, made from the target's."""
+    """Whether this is the configuration of a draft model, which vLLM makes from the target's."""
     return vllm_config.model_config is not None and vllm_config.model_config.runner_type == "draft"
 
 
 def drafts(layer_name: str, vllm_config: "VllmConfig") -> bool:
-    """Whether the layer belongs to a draft model, or to a drafting head: vLLM names these ``mtp.``, or continues the
-    model's layer numbers with them."""
+    """Whether the layer belongs to a draft model or a drafting head. vLLM names the layers of a head ``mtp.``, or
+    numbers them after the model's layers."""
     from vllm.model_executor.models.utils import extract_layer_index
 
     model = vllm_config.model_config
@@ -40,8 +40,8 @@ def drafts(layer_name: str, vllm_config: "VllmConfig") -> bool:
 
 
 def stays_dense(layer_name: str, vllm_config: "VllmConfig") -> bool:
-    """Whether a layer that was built with our backend runs dense attention: the option ``dense_layers`` says so, or it
-    drafts and power was not chosen for drafting (``--speculative-config '{"attention_backend": "power"}'``)."""
+    """Whether a layer that was built with our backend runs dense attention: if the option ``dense_layers`` names it, or
+    if it drafts and power was not chosen for drafting (``--speculative-config '{"attention_backend": "power"}'``)."""
     from vllm.model_executor.models.utils import extract_layer_index
 
     if drafts(layer_name, vllm_config):
@@ -53,7 +53,7 @@ def stays_dense(layer_name: str, vllm_config: "VllmConfig") -> bool:
 
 
 def attention_layers(vllm_config: "VllmConfig") -> Iterator[tuple[str, Any, str]]:
-    """The name, the layer and the kind of each attention layer that was built, drafting ones included."""
+    """The name, the layer and the kind of each built attention layer, including layers that draft."""
     for name, layer in vllm_config.compilation_config.static_forward_context.items():
         if hasattr(layer, "attn_backend"):
             # A chunk (Llama-4) is a window too.

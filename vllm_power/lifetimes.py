@@ -1,11 +1,11 @@
-"""When a KV block is read for the last time: the pattern is static, so this is known before the first token.
+"""When a KV block is read for the last time. The pattern is static, so this is known before the first token.
 
-A request's queries end at a last block. Block b is dead once the queries have passed ``Pattern.last_reader(b)``: not in
-the window, not the sink, and no distance that is a power of two lands in what is left.
+The last block of a request's queries is known. Block b is dead when the queries have passed ``Pattern.last_reader(b)``:
+it is then outside the window, it is not a sink, and no remaining query is at a distance that is a power of two.
 
-Nothing here is listed block by block. The age of a block, counted back from the last one, decides how long it is read;
-ages of one kind form runs (14 of them for a million tokens under the default pattern), and what is counted over blocks
-is piecewise linear. LongNet's blocks are read inside their segments only.
+Nothing here is listed per block. The age of a block, counted back from the last block, decides how long it is read.
+Ages of one kind form runs (14 runs for a million tokens under the default pattern), and counts over blocks are
+piecewise linear. LongNet's blocks are read only inside their segments.
 """
 
 import threading
@@ -21,7 +21,7 @@ from vllm_power.pattern import LONGNET_SEGMENT, Pattern, preset
 
 
 class _Blocks(Protocol):
-    """What is known of the blocks of one request; ``size`` is how many numbers that takes."""
+    """The lifetimes of the blocks of one request; ``size`` is the number of integers stored for them."""
 
     size: int
 
@@ -33,7 +33,7 @@ class _Blocks(Protocol):
 
 
 class _PerBlock(Sequence[Any]):
-    """A sequence whose items are computed when they are asked for."""
+    """A sequence whose items are computed on access."""
 
     def __init__(self, length: int, item: Callable[[int], Any]) -> None:
         self._positions, self._item = range(length), item
@@ -50,8 +50,8 @@ class Lifetimes:
     """The lives of the blocks of a request whose last query lies in block ``last``.
 
     last_reader[b]: the last query block that reads block b.
-    dying_after[q]: the blocks that are dead once all queries of block q are through, ascending.
-    live[q]: how many of the blocks 0..q some query from block q on reads.
+    dying_after[q]: the blocks that are dead after all queries of block q, ascending.
+    live[q]: how many of the blocks 0..q are read by some query in block q or later.
     peak_from[q]: the largest of live[q], live[q + 1], ...
     """
 
@@ -65,12 +65,12 @@ class Lifetimes:
 
     @cached_property
     def last_reader(self) -> Sequence[int]:
-        """Listed when it is first asked for: only prefix hits look at it, for the longest request."""
+        """Computed on first access: only prefix hits need it, for the longest request."""
         return array("i", (self.pattern.last_reader(block, self.last) for block in range(self.last + 1)))
 
 
 class _Run(NamedTuple):
-    """The ages ``first`` to ``end``. All die when the query's age is ``death``, or ``read`` blocks after their own."""
+    """The ages ``first`` to ``end``. All die at the query age ``death``; if None, ``read`` blocks later."""
 
     first: int
     end: int
@@ -79,11 +79,11 @@ class _Run(NamedTuple):
 
 
 class _Ages:
-    """Patterns that depend on the distance alone. An age is ``last`` minus a block; it falls as the queries advance."""
+    """Patterns that depend only on the distance. An age is ``last`` minus a block; it falls as the queries advance."""
 
     def __init__(self, pattern: Pattern, last: int) -> None:
         self.last = last
-        oldest = last - pattern.sink_blocks  # of those that are no sinks
+        oldest = last - pattern.sink_blocks  # of the blocks that are not sinks
         self.runs = [run._replace(end=min(run.end, oldest)) for run in _runs(pattern, oldest)]
         if pattern.sink_blocks:
             self.runs.append(_Run(max(0, oldest + 1), last, death=0))
@@ -116,7 +116,7 @@ class _Ages:
     def _count(self) -> None:
         """The number of live blocks by the query's age: its value and slope from each point on, and the peak so far.
 
-        Of a run, those are live that are no younger than the query and not dead yet.
+        The live blocks of a run are those that are no younger than the query and not yet dead.
         """
         slopes: dict[int, int] = defaultdict(int, {0: 0})
         jumps: dict[int, int] = defaultdict(int)
@@ -143,7 +143,7 @@ class _Ages:
 
 
 def _runs(pattern: Pattern, oldest: int) -> Iterator[_Run]:
-    """The runs of the ages 0 to ``oldest`` at least; the last may go further."""
+    """The runs of at least the ages 0 to ``oldest``; the last run may extend further."""
     if oldest < 0:
         return
     window, stride = pattern.window_blocks, pattern.stride
@@ -172,11 +172,11 @@ def _runs(pattern: Pattern, oldest: int) -> Iterator[_Run]:
 
 
 class _Segments:
-    """LongNet, whose longest segments share no block."""
+    """LongNet. Its longest segments share no blocks."""
 
     def __init__(self, pattern: Pattern, last: int) -> None:
         self.last, self.sinks = last, pattern.sink_blocks
-        # after[s]: the most live blocks in segment s and later ones.
+        # after[s]: the maximum number of live blocks in segment s and later segments.
         segments = range(last // LONGNET_SEGMENT + 1)
         most = (self._most_in(segment) for segment in reversed(segments))
         self.after = array("q", reversed(list(accumulate(most, max))))
@@ -198,7 +198,7 @@ class _Segments:
         return max(later, *self._live_in(segment)[offset:])
 
     def _extent(self, segment: int) -> tuple[int, int]:
-        """The offsets of the first block of a segment that is no sink, and of its last block."""
+        """The offsets of the first block of a segment that is not a sink, and of its last block."""
         start = segment * LONGNET_SEGMENT
         first = min(max(0, self.sinks - start), LONGNET_SEGMENT)
         return first, min(LONGNET_SEGMENT, self.last - start + 1) - 1
@@ -215,7 +215,7 @@ class _Segments:
 
 @cache
 def _segment(first: int, end: int) -> tuple[list[list[int]], list[int]]:
-    """Of the blocks ``first`` to ``end`` of a segment: those that die after each of its blocks, and how many live."""
+    """For the blocks ``first`` to ``end`` of a segment: which die after each of its blocks, and how many live then."""
     without_sinks = preset("longnet")
     dying: list[list[int]] = [[] for _ in range(end + 1)]
     for block in range(first, end + 1):
@@ -230,14 +230,14 @@ def _segment(first: int, end: int) -> tuple[list[list[int]], list[int]]:
 
 @cache
 def _most(end: int) -> int:
-    """The most live blocks of a segment without sinks that ends with its block ``end``."""
+    """The maximum number of live blocks of a segment without sinks that ends with its block ``end``."""
     return max(_segment(0, end)[1])
 
 
-# Numbers that are kept of all requests together: 32 MiB.
+# Integers kept for all requests together: 32 MiB.
 MOST_NUMBERS = 4 << 20
 _kept: "OrderedDict[tuple[Pattern, int], Lifetimes]" = OrderedDict()
-_lock = threading.Lock()  # the page asks from several threads
+_lock = threading.Lock()  # the web page calls from several threads
 
 
 def lifetimes(pattern: Pattern, last: int) -> Lifetimes:

@@ -1,8 +1,8 @@
-"""What the user may say, validated: ``--additional-config '{"power": {...}}'`` and the checkpoint's config.json.
+"""The user's options, validated: ``--additional-config '{"power": {...}}'`` and the checkpoint's config.json.
 
-A checkpoint trained under a pattern carries it in config.json under ``power_attention``; it is used unless the command
-line says otherwise. Where the two contradict each other, serving the model would give wrong answers without a sign, so
-that is an error, unless ``override_checkpoint`` says that it is meant.
+A checkpoint trained under a pattern has it in config.json under ``power_attention``; it is used unless the command line
+sets another. If the two contradict each other, the server would silently give wrong answers, so this is an error unless
+``override_checkpoint`` is set.
 """
 
 import difflib
@@ -22,7 +22,7 @@ TESTED = ((0, 32), (0, 33))  # versions of vLLM
 COMMAND_LINE = "--additional-config '{\"power\": {...}}'"
 CHECKPOINT = "power_attention in the checkpoint's config.json"
 
-# What each mode sets where neither the command line nor the checkpoint does.
+# What each mode sets if neither the command line nor the checkpoint does.
 MODES: dict[str, dict[str, Any]] = {
     "trained": {"dense_tail": 0, "decode": "pattern", "dense_layers": []},
     "training_free": {"dense_tail": 128, "decode": "dense", "dense_layers": {"every": 7, "keep": 2}},
@@ -30,7 +30,7 @@ MODES: dict[str, dict[str, Any]] = {
 
 
 class PatternOptions(BaseModel):
-    """The pattern: what a checkpoint may store and the command line may set. A field left out has the paper's value."""
+    """The pattern: what a checkpoint may store and the command line may set. Unset fields have the paper's values."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -71,13 +71,13 @@ class PatternOptions(BaseModel):
 
     @property
     def set_by_user(self) -> dict[str, Any]:
-        """The fields of the pattern, the dense layers and the dense rows that were given, not defaulted."""
+        """The fields that were given, not defaulted: of the pattern, the dense layers and the dense rows."""
         given = self.model_dump(include=set(PatternOptions.model_fields), exclude_unset=True)
         return {name: value for name, value in given.items() if value is not None}
 
     @property
     def effective_pattern(self) -> Pattern:
-        """The pattern that these options describe; a field left out has the paper's value for that pattern."""
+        """The pattern that these options describe. Unset fields have the paper's values for that pattern."""
         fields = self.set_by_user
         for other in ("dense_layers", "dense_tail", "decode"):
             fields.pop(other, None)
@@ -90,7 +90,7 @@ class PatternOptions(BaseModel):
 
     @property
     def effective(self) -> tuple[Pattern, object, RowRule]:
-        """The pattern, the dense layers and the row rule, in a form that compares."""
+        """The pattern, the dense layers and the row rule, in a comparable form."""
         return self.effective_pattern, canonical(self.dense_layers), self.rows
 
     def dense_layer_indices(self, num_layers: int) -> frozenset[int]:
@@ -122,15 +122,15 @@ class PowerOptions(PatternOptions):
     )
 
     def dense_layer_indices(self, num_layers: int) -> frozenset[int]:
-        """As :class:`PatternOptions` has it; but the default of a mode leaves none dense in a model so small that it
-        would leave no layer to the pattern."""
+        """As in :class:`PatternOptions`. But if the default of a mode would make every layer of a small model dense, no
+        layer is dense."""
         found = super().dense_layer_indices(num_layers)
         is_default = self.dense_layers == MODES[self.mode]["dense_layers"] if self.mode in MODES else False
         return frozenset() if is_default and len(found) == num_layers else found
 
 
 def resolve(command_line: Mapping[str, Any] | None, checkpoint: Mapping[str, Any] | None) -> PowerOptions:
-    """The options in force, from the ``power`` object of the command line and the checkpoint's, either perhaps None.
+    """The effective options, from the ``power`` object of the command line and the checkpoint's; both may be None.
 
     The result's mode is "trained" or "training_free", and what that mode sets is in its fields.
     Raises ValueError for an unknown or invalid option and for a contradiction between the two.
@@ -160,18 +160,18 @@ def _with_checkpoint(options: PowerOptions, stored: PatternOptions) -> PowerOpti
         raise ValueError(
             f"two different patterns: the checkpoint was trained with {stored.effective_pattern} ({CHECKPOINT}: "
             f"{stored.set_by_user}), the command line asks for {merged.effective_pattern} ({COMMAND_LINE}: {asked}). "
-            'Leave the pattern out of the command line, or say "override_checkpoint": true to serve it all the same.'
+            'Remove the pattern from the command line, or set "override_checkpoint": true to serve it anyway.'
         )
     return options.model_copy(update=merged.set_by_user)
 
 
 def stored_in(*configs: Any) -> Mapping[str, Any] | None:
-    """What a model stores under ``power_attention``: of its Hugging Face configurations, the first that has it."""
+    """What a model stores under ``power_attention``: from the first of its Hugging Face configs that has it."""
     return next((found for config in configs if (found := getattr(config, "power_attention", None))), None)
 
 
 def of_pattern(asked: Mapping[str, Any] | None, config: Any) -> PatternOptions:
-    """The pattern that a transformers config and the options ``asked`` for it make, put together as the server does.
+    """The pattern that a transformers config and the options ``asked`` result in, merged as the server merges them.
 
     Raises ValueError as :func:`resolve` does.
     """
@@ -180,9 +180,10 @@ def of_pattern(asked: Mapping[str, Any] | None, config: Any) -> PatternOptions:
 
 
 def of_config(vllm_config: "VllmConfig") -> PowerOptions:
-    """The options in force for an engine, parsed once per configuration. Raises ValueError as :func:`resolve` does."""
-    # By the identity of what they come from, which is kept here so that no other object gets it. vLLM's configurations
-    # take no fields of ours, and do not hash. A draft model's is a copy of the target's with another model.
+    """The effective options of an engine, parsed once per configuration. Raises ValueError as :func:`resolve` does."""
+    # Cached by the ids of the sources, which are kept alive so that no other object gets the same id. vLLM's
+    # configurations accept no extra fields and are not hashable. A draft model's configuration is a copy of the
+    # target's with another model.
     sources = (vllm_config.additional_config, vllm_config.model_config)
     key = (id(sources[0]), id(sources[1]))
     if key not in _parsed:
@@ -203,7 +204,7 @@ def asked_of(vllm_config: "VllmConfig") -> Mapping[str, Any] | None:
 
 
 def why_mode(vllm_config: "VllmConfig") -> str:
-    """Why the mode is what it is, for the start line."""
+    """Why the mode is what it is, for the log line at startup."""
     if (asked_of(vllm_config) or {}).get("mode", "auto") != "auto":
         return "the option mode"
     carries = "no " if _stored(vllm_config) is None else ""
@@ -231,18 +232,18 @@ def _nearest(word: str, known: Any) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
 
 
-# --- dense layers: a list of indices, ranges as text, or the first few of every few (the paper, for RULER) ---------
+# --- dense layers: a list of indices, ranges as text, or the first k of every n (the paper, for RULER) -------------
 
 DenseLayers = Sequence[int] | str | Mapping[str, int]
 
-MOST = 10_000  # more layers than any model has: what goes past it is a slip, and must not fill the memory
+MOST = 10_000  # more layers than any model has: a larger number is a mistake, and must not fill the memory
 
 
 def indices(value: DenseLayers, num_layers: int) -> frozenset[int]:
     """The indices that ``value`` names in a model of ``num_layers`` layers.
 
-    [0, 27] and "0,27" name layers, "0-1,26-27" ranges with both ends, {"every": 7, "keep": 2} the first two of every
-    seven. Raises ValueError where it is none of these, and for an index outside the model.
+    [0, 27] and "0,27" name layers, "0-1,26-27" names ranges including both ends, and {"every": 7, "keep": 2} names the
+    first two of every seven. Raises ValueError for any other form, and for an index outside the model.
     """
     if isinstance(value, Mapping):
         every, keep = _every(value)
@@ -260,7 +261,7 @@ def indices(value: DenseLayers, num_layers: int) -> frozenset[int]:
 
 
 def canonical(value: Any) -> frozenset[int] | tuple[int, int]:
-    """A form in which two ways of naming the same layers are equal. Raises ValueError where ``value`` names none."""
+    """A form in which two ways of naming the same layers are equal. Raises ValueError if ``value`` is invalid."""
     if isinstance(value, Mapping):
         return _every(value)
     if isinstance(value, Sequence):
@@ -275,7 +276,7 @@ def canonical(value: Any) -> frozenset[int] | tuple[int, int]:
 
 
 def _check_size(value: str | Sequence[int]) -> None:
-    """Raise ValueError for more text or more numbers than any model's layers need."""
+    """Raise ValueError if there are more characters or numbers than any model's layers need."""
     if len(value) > MOST:
         raise ValueError(f"dense_layers has {len(value):,} characters or numbers: at most {MOST:,}")
 

@@ -1,14 +1,14 @@
-"""THE definition of the attention patterns: which key blocks a query block sees.
+"""The single definition of the attention patterns: which key blocks a query block sees.
 
-PowerAttention (arXiv 2503.03588, Algorithm 1 and Appendix D) and the static patterns it is compared with, all at
-the granularity of blocks of ``block_size`` tokens. A query token sees every causal token of the visible blocks; in
+It covers PowerAttention (arXiv 2503.03588, Algorithm 1 and Appendix D) and the static patterns it is compared with, all
+at the granularity of blocks of ``block_size`` tokens. A query token sees every causal token of the visible blocks; in
 its own block it sees the tokens up to itself. Everything else in this project (oracle, plan, kernels, cache manager,
-training, docs) asks this file.
+training, docs) uses this file.
 
     python -m vllm_power.pattern                  # draws PowerAttention over 16,384 tokens
     python -m vllm_power.pattern longnet --tokens 32768
 
-No torch here, only the standard library.
+This module uses only the standard library, not torch.
 """
 
 import argparse
@@ -21,13 +21,13 @@ NAMES = ("power", "sliding_window", "stride_slash", "dilated", "longnet", "full"
 
 ENDLESS = 2**31 - 1  # more blocks than any sequence has; fits an int32
 
-# The largest values: a block is no longer than a page of text, and what sees more blocks than this is dense attention.
+# The largest values: a pattern with larger blocks, or that sees more blocks, amounts to dense attention.
 MOST = {"block_size": 65_536, "sink_blocks": 4_096, "window_blocks": 4_096, "stride": 65_536}
 
-# Visible blocks of all query blocks together. The pattern full has 17 million, at a million tokens in blocks of 256.
+# Visible blocks of all query blocks together. The pattern full has 17 million for a million tokens in blocks of 256.
 MOST_LISTED = 20_000_000
 
-# LongNet's segments, as the paper prints them: (segment length in blocks, only blocks whose indices divide by).
+# LongNet's segments, from the paper: (segment length in blocks, step: only blocks whose index it divides).
 _LONGNET_SEGMENTS = ((8, 1), (16, 2), (32, 4), (64, 8), (128, 16))
 LONGNET_SEGMENT = _LONGNET_SEGMENTS[-1][0]  # blocks of different longest segments never see each other
 
@@ -37,8 +37,8 @@ class Pattern:
     """A static block-sparse causal attention pattern. Immutable and hashable.
 
     name: one of ``NAMES``.
-    block_size: tokens in a block.
-    sink_blocks: this many first blocks of the sequence are visible to every query.
+    block_size: tokens per block.
+    sink_blocks: the number of first blocks of the sequence that every query sees.
     window_blocks: distances (in blocks) below this are visible; for ``dilated``, the even ones of them.
     stride: for ``stride_slash``, every distance that it divides is visible.
 
@@ -90,11 +90,11 @@ class Pattern:
         return True  # full
 
     def visible_blocks(self, q: int) -> tuple[int, ...]:
-        """The key blocks that query block ``q`` sees, ascending; its own block, where visible, comes last."""
+        """The key blocks that query block ``q`` sees, ascending; its own block, if visible, is last."""
         return tuple(sorted({k for k in self._candidates(q) if self.sees(q, k)}))
 
     def next_reader(self, k: int, q: int) -> int | None:
-        """The first query block at or after ``q`` that reads key block ``k``; None where no later one ever does."""
+        """The first query block at or after ``q`` that reads key block ``k``; None if there is none."""
         q = max(q, k)
         if self.sees(q, k):
             return q
@@ -112,7 +112,7 @@ class Pattern:
         return None  # sliding_window has passed it
 
     def last_reader(self, k: int, last: int) -> int:
-        """The last query block up to ``last`` (``>= k``) that reads key block ``k``: later it is dead."""
+        """The last query block up to ``last`` (``>= k``) that reads key block ``k``; after that, ``k`` is dead."""
         if k < self.sink_blocks:
             return last
         in_window = min(last, k + self.window_blocks - 1)
@@ -133,7 +133,7 @@ class Pattern:
         return last  # full
 
     def _distances(self, end: int) -> list[int]:
-        """The distances below ``end`` at which blocks are visible, ascending; for all names but ``longnet``."""
+        """The distances below ``end`` at which blocks are visible, ascending; for all patterns except ``longnet``."""
         near, far = range(min(self.window_blocks, end)), range(0)
         match self.name:
             case "power":
@@ -150,7 +150,7 @@ class Pattern:
         return [*near, *far]
 
     def _candidates(self, q: int) -> Iterator[int]:
-        """A superset of the blocks that ``q`` sees, without looking at every pair. May hold negative indices."""
+        """A superset of the blocks that ``q`` sees, without testing every pair. May contain negative indices."""
         yield from range(min(self.sink_blocks, q + 1))
         match self.name:
             case "full":
@@ -167,7 +167,7 @@ class Pattern:
     # --- counts -------------------------------------------------------------------------------------------------
 
     def num_blocks(self, num_tokens: int) -> int:
-        """Blocks that ``num_tokens`` tokens take, the last one perhaps in part."""
+        """The number of blocks of ``num_tokens`` tokens; the last one may be partial."""
         return -(-num_tokens // self.block_size)
 
     def num_visible(self, q: int) -> int:
@@ -192,15 +192,15 @@ class Pattern:
 
     @cached_property
     def dense_blocks(self) -> int:
-        """How many leading blocks see every block before them: up to there the pattern is plain causal attention.
+        """How many leading blocks see every block before them: in these, the pattern is plain causal attention.
 
-        6 for the default power pattern (1,536 tokens). ``ENDLESS`` where that never ends.
+        6 for the default power pattern (1,536 tokens). ``ENDLESS`` if all blocks do.
         """
         if self.name == "full" or (self.name == "stride_slash" and self.stride == 1):
             return ENDLESS
         if self.name == "longnet":
             return next(q for q in count(self.sink_blocks) if self.num_visible(q) <= q)
-        # Up to there every distance to the first block after the sinks is visible.
+        # The leading blocks end at the first hidden distance to the first block after the sinks.
         hidden = next(
             d for d in count(self.window_blocks) if not self.sees(self.sink_blocks + d, self.sink_blocks)
         )
@@ -208,11 +208,11 @@ class Pattern:
 
     @property
     def dense_tokens(self) -> int:
-        """Sequences up to this many tokens are plain causal attention: 1,536 for the default power pattern."""
+        """Up to this many tokens, the pattern is plain causal attention: 1,536 for the default power pattern."""
         return self.dense_blocks * self.block_size
 
     def visible_counts(self, blocks: int) -> list[int]:
-        """Visible blocks of the query blocks 0..``blocks`` - 1. The leading ones see all before them, uncounted."""
+        """Visible blocks of the query blocks 0..``blocks`` - 1. The leading dense blocks need no counting."""
         dense = min(blocks, self.dense_blocks)
         return [*range(1, dense + 1), *map(self.num_visible, range(dense, blocks))]
 
@@ -221,7 +221,7 @@ class Pattern:
         return sum(self.visible_counts(self.num_blocks(num_tokens)))
 
     def density(self, num_tokens: int) -> float:
-        """Share of the causal block pairs of ``num_tokens`` tokens that is visible, 0 to 1."""
+        """The share of visible block pairs among the causal ones over ``num_tokens`` tokens, 0 to 1."""
         blocks = self.num_blocks(num_tokens)
         return self.visible_pairs(num_tokens) / (blocks * (blocks + 1) / 2) if blocks else 1.0
 
@@ -239,10 +239,10 @@ class Pattern:
     # --- the receptive field (paper, section 3) -----------------------------------------------------------------
 
     def hops(self, q: int) -> list[int | None]:
-        """For each block 0..q: after how many layers its tokens have reached query block ``q``.
+        """For each block 0..q: the number of layers after which its tokens can influence query block ``q``.
 
-        ``q`` itself has 0; a block that ``q`` sees has 1; None where no number of layers reaches it. An edge of the
-        graph is "attends to", so this is the shortest path, found by breadth-first search.
+        0 for ``q`` itself, 1 for a block that ``q`` sees, None if no number of layers suffices. These are the shortest
+        paths in the graph whose edges mean "attends to", found by breadth-first search.
         """
         hops: list[int | None] = [None] * (q + 1)
         hops[q] = 0
@@ -288,7 +288,7 @@ def _longnet_count(q: int, first: int) -> int:
 
 
 def preset(name: str, **changes: int) -> Pattern:
-    """The pattern ``name`` with the paper's setting (section 4.1), save for ``changes`` of its fields.
+    """The pattern ``name`` with the paper's settings (section 4.1), except for the fields in ``changes``.
 
     Raises ValueError for an unknown name or a value out of range.
     """
@@ -310,9 +310,9 @@ POWER = preset("power")
 class RowRule:
     """Which rows (query tokens) of a request see every earlier token instead of the pattern.
 
-    Position and prompt length alone decide, so chunking, batching, preemption and the state of the cache do not.
+    Only position and prompt length decide, not chunking, batching, preemption or the state of the cache.
 
-    dense_tail: the last tokens of the prompt that see everything, 0 for none.
+    dense_tail: how many last tokens of the prompt see everything, 0 for none.
     dense_decode: whether every token after the prompt sees everything.
 
     Raises ValueError for a negative ``dense_tail``.
@@ -345,7 +345,7 @@ PATTERN_ROWS = RowRule()  # every row sees the pattern
 
 
 def draw(pattern: Pattern, num_tokens: int) -> str:
-    """The block mask as text, one character a block pair, and below it the counts that describe it."""
+    """The block mask as text, one character per block pair, followed by its counts."""
     blocks = pattern.num_blocks(num_tokens)
     rows = []
     for q in range(blocks):
@@ -361,7 +361,7 @@ def draw(pattern: Pattern, num_tokens: int) -> str:
     )
     counts = (
         f"{pattern}: {num_tokens:,} tokens, {blocks} blocks\n"
-        f"the last block sees {len(pattern.visible_blocks(last))} blocks, a block on average "
+        f"the last block sees {len(pattern.visible_blocks(last))} blocks; the average per block is "
         f"{pattern.visible_pairs(num_tokens) / blocks:.2f}\n"
         f"{pattern.density(num_tokens):.2%} of the causal block pairs are read; {reach}"
     )

@@ -1,7 +1,7 @@
-"""What we add to vLLM's platform: early refusals, the start-up line, and on a CPU the choice of the backend.
+"""Additions to vLLM's platform: early refusals, the log line at startup, and on a CPU the choice of the backend.
 
-These classes stand in front of the platform class in use (``compat.adopt_platform``), so ``super()`` is vLLM's own.
-They act only where ``--attention-backend power`` was asked for.
+These classes are put in front of the platform class in use (``compat.adopt_platform``), so ``super()`` is vLLM's own.
+They act only if ``--attention-backend power`` was requested.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -49,7 +49,7 @@ class PowerPlatform:
     def get_attn_backend_cls(
         cls, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
     ) -> str:
-        """The path of the class for one layer. A layer with a window of its own keeps it, on vLLM's own backend."""
+        """The path of the backend class for one layer. A layer with its own window keeps it, on vLLM's own backend."""
         if selected_backend is not None and selected_backend.name == NAME:
             refusals.check_layer(attn_selector_config)
             if not attn_selector_config.has_sliding_window:
@@ -59,12 +59,12 @@ class PowerPlatform:
 
     @classmethod
     def _power_backend(cls, selected_backend: Any, attn_selector_config: Any, num_heads: int | None) -> str:
-        """Where the platform honours the choice, its checks of the backend's capabilities stay in force."""
+        """If the platform honours the chosen backend, its checks of the backend's capabilities still apply."""
         return super().get_attn_backend_cls(selected_backend, attn_selector_config, num_heads)  # type: ignore[misc]
 
     @classmethod
     def update_block_size_for_backend(cls, vllm_config: "VllmConfig") -> None:
-        """Called in each worker after the model was built: the first moment at which the layers are known."""
+        """Called in each worker after the model is built: the first moment at which the layers are known."""
         super().update_block_size_for_backend(vllm_config)  # type: ignore[misc]
         if is_selected(vllm_config):
             refusals.check_page_size(vllm_config, on_cpu=cls.device_type == "cpu")
@@ -73,7 +73,7 @@ class PowerPlatform:
 
     @classmethod
     def register_custom_kv_cache_specs(cls, vllm_config: "VllmConfig | None") -> None:
-        """Called in the engine's process, before it makes its scheduler; without a configuration elsewhere."""
+        """Called in the engine's process before it creates its scheduler, and elsewhere without a configuration."""
         super().register_custom_kv_cache_specs(vllm_config)  # type: ignore[misc]
         if vllm_config is not None and is_selected(vllm_config):
             from vllm_power.kv_cache import PowerAttentionSpec
@@ -85,15 +85,15 @@ class PowerPlatform:
 
     @classmethod
     def _choose_page(cls, vllm_config: "VllmConfig") -> None:
-        """On a GPU vLLM asks the backend for its preferred page later."""
+        """Does nothing on a GPU: vLLM asks the backend for its preferred page later."""
 
 
 class PowerCpuPlatform(PowerPlatform):
-    """In addition, on a CPU: ``_power_backend`` names ours (vllm/platforms/cpu.py ignores the chosen backend)."""
+    """Additions on a CPU: ``_power_backend`` returns ours (vllm/platforms/cpu.py ignores the chosen backend)."""
 
     @classmethod
     def _choose_page(cls, vllm_config: "VllmConfig") -> None:
-        """vLLM's page of 128 tokens may not divide the pattern's block: take the largest up to it that does."""
+        """Choose the largest page up to vLLM's 128 tokens that divides the pattern's block."""
         cache = vllm_config.cache_config
         if not cache.user_specified_block_size:
             fitting = refusals.pages_of(vllm_config, on_cpu=True)
@@ -105,14 +105,14 @@ class PowerCpuPlatform(PowerPlatform):
 
 
 def _share_metrics() -> None:
-    """Make room, in a process that starts or serves the engine, for what that will count; log where there is none."""
+    """Prepare the metrics of the engine in a process that starts or serves it. A failure is logged."""
     from vllm_power.metrics import collector, shared_dir
 
     try:
         shared_dir.open_board()
         collector.join_metrics()
     except Exception as error:
-        logger.warning("PowerAttention: there will be no metrics of it: %r", error)
+        logger.warning("PowerAttention: no metrics will be available: %r", error)
 
 
 def _keep_what_others_read(vllm_config: "VllmConfig") -> None:
@@ -127,7 +127,7 @@ def _keep_what_others_read(vllm_config: "VllmConfig") -> None:
 
 
 def _report(vllm_config: "VllmConfig") -> None:
-    """Log once what runs: pattern, layers, mode and what it costs. Refuses a model with no layer for the pattern."""
+    """Log once what runs: pattern, layers, mode and its cost. Refuses a model in which no layer runs the pattern."""
     from vllm_power.metrics import stages
 
     found = list(attention_layers(vllm_config))
@@ -138,7 +138,7 @@ def _report(vllm_config: "VllmConfig") -> None:
     reason = kv_cache.why_not(vllm_config)
     stages.post(vllm_config, executor, reason or "on")
     if not sparse and vllm_config.parallel_config.pipeline_parallel_size > 1:
-        return  # this rank's layers all stay dense; another's need not (metrics.scheduler looks at all of them)
+        return  # all layers of this rank stay dense, but not necessarily of others (metrics.scheduler checks all)
     num_layers = sum(map(len, layers.values()))
     refusals.check_any_layer(len(sparse), num_layers)
     asked, max_len = options.of_config(vllm_config), vllm_config.model_config.max_model_len
@@ -192,14 +192,14 @@ def _row_rule(asked: options.PowerOptions) -> str:
 
 
 def _prefill_share(asked: options.PowerOptions, num_tokens: int) -> float:
-    """The (query, key) pairs that a layer with the pattern reads of a prompt, as a share of all causal ones."""
+    """The share of a prompt's causal (query, key) pairs that a layer with the pattern reads."""
     tail = min(asked.dense_tail / num_tokens, 1.0)
     dense_rows = tail * (2 - tail)  # the last rows have the most keys
     return dense_rows + (1 - dense_rows) * asked.effective_pattern.density(num_tokens)
 
 
 def _decode_share(asked: options.PowerOptions, num_tokens: int) -> float:
-    """The keys that a generated token reads in a layer with the pattern, as a share of all earlier ones."""
+    """The share of all earlier keys that a generated token reads in a layer with the pattern."""
     pattern = asked.effective_pattern
     last = pattern.num_blocks(num_tokens) - 1
     return 1.0 if asked.rows.dense_decode else len(pattern.visible_blocks(last)) / (last + 1)

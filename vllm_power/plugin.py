@@ -1,4 +1,4 @@
-"""vLLM's entry point (``vllm.general_plugins``). vLLM calls it in every process it starts, sometimes more than once."""
+"""vLLM's entry point (``vllm.general_plugins``). vLLM calls it in every process, sometimes more than once."""
 
 from typing import Any
 
@@ -8,9 +8,9 @@ BACKEND = "vllm_power.gpu_backend.PowerBackend"
 
 
 def register() -> None:
-    """Make ``--attention-backend power`` known to vLLM in this process. Idempotent.
+    """Register ``--attention-backend power`` with vLLM in this process. Idempotent.
 
-    Raises RuntimeError under a vLLM outside the tested range.
+    Raises RuntimeError for a version of vLLM outside the tested range.
     """
     import vllm
 
@@ -28,7 +28,7 @@ def register() -> None:
 
 
 def restore_backend() -> Any:
-    """The backend's member of vLLM's enum, in a process that has just been started: what it is unpickled to."""
+    """The backend's member of vLLM's enum. Unpickling the backend in a new process calls this."""
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     register()

@@ -1,9 +1,9 @@
-"""Prefix caching under a rule with dense rows: an answer never depends on the state of the cache.
+"""Prefix caching with dense rows: an answer never depends on the state of the cache.
 
-A row that saw everything has other keys and values, in all layers but the first, than the same token would have under
-the pattern, and so do all rows after it. Which rows these are depends on the prompt's length. So from the first such
-row on, a request's block hashes carry that length: a later prompt finds the pages only if it has the same length, and
-then its own rows would be computed equally.
+In all layers except the first, a row that saw everything has different keys and values than the same token would have
+under the pattern, and so do all rows after it. Which rows these are depends on the prompt's length. So from the first
+such row on, a request's block hashes include that length: a later prompt finds the pages only if it has the same
+length, and then its own rows would be computed in the same way.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from vllm_power import options
 
 
 def mark_dense_rows(request: Any, asked: options.PowerOptions, hash_block_size: int) -> None:
-    """Have the hashes of a new request (vllm/v1/request.py) tell its dense rows from the pattern's.
+    """Make the hashes of a new request (vllm/v1/request.py) distinguish its dense rows from rows under the pattern.
 
     hash_block_size: tokens per hash.
     """
@@ -22,7 +22,7 @@ def mark_dense_rows(request: Any, asked: options.PowerOptions, hash_block_size: 
     if hasher is None:  # no prefix caching
         return
     start, _ = asked.rows.dense_rows(request.num_prompt_tokens)
-    # Up to there the pattern sees everything too.
+    # Up to ``dense_tokens`` the pattern sees everything too.
     first = max(start, asked.effective_pattern.dense_tokens) // hash_block_size
     rule = (request.num_prompt_tokens, asked.dense_tail, asked.decode)
     request._block_hasher = _marking(hasher, first, repr(rule).encode())
@@ -31,7 +31,7 @@ def mark_dense_rows(request: Any, asked: options.PowerOptions, hash_block_size: 
 
 
 def _marking(hasher: Callable[[Any], list[bytes]], first: int, mark: bytes) -> Callable[[Any], list[bytes]]:
-    """``hasher``, with ``mark`` in every hash from number ``first`` on. The marked hashes are no parents of others."""
+    """``hasher``, with ``mark`` in every hash from number ``first`` on. Marked hashes are not parents of others."""
     plain: list[bytes] = []
 
     def hash_new_blocks(request: Any) -> list[bytes]:

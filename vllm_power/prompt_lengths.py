@@ -1,7 +1,7 @@
-"""Which rows of a step see everything: by the prompt lengths that vLLM's model runner tells (``compat``).
+"""Which rows of a step see everything, from the prompt lengths that vLLM's model runner passes (``compat``).
 
 The runner's field is ``CommonAttentionMetadata.rswa_prefix_lens``, int32 [R] on the host: the prompt length of each
-request. A step without it (a dummy step, a drafter's) counts as one whose requests have no prompt.
+request. A step without it (a dummy step, or one of a drafter) is treated as if its requests had no prompt.
 """
 
 from dataclasses import dataclass
@@ -28,19 +28,19 @@ class DenseRuns:
 
 
 def of_step(step: CommonAttentionMetadata, rows: slice) -> np.ndarray:
-    """The prompt lengths of some requests of a step, int64 [R]; 0 for requests that vLLM says nothing about."""
+    """The prompt lengths of some requests of a step, int64 [R]; 0 for requests without this information."""
     lengths = np.zeros(rows.stop - rows.start, dtype=np.int64)
     told = step.rswa_prefix_lens
     if told is not None:
         told = told[rows].numpy()
-        lengths[: len(told)] = told  # a step that is padded for a CUDA graph has more requests
+        lengths[: len(told)] = told  # a step padded for a CUDA graph has more requests
     return lengths
 
 
 def to_device(step: CommonAttentionMetadata, rows: slice, buffer: torch.Tensor) -> torch.Tensor:
     """The prompt lengths of some requests in ``buffer`` (int32, on the device), which CUDA graphs read."""
     lengths = torch.from_numpy(of_step(step, rows).astype(np.int32))
-    # From pageable memory, which is read before the call returns: the next step may run ahead on the host.
+    # Pageable memory is read before the call returns, so the host may already prepare the next step.
     buffer[: len(lengths)].copy_(lengths, non_blocking=True)
     return buffer[: len(lengths)]
 

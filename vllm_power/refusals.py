@@ -1,4 +1,4 @@
-"""What PowerAttention does not serve, refused at start with the cause and the remedy: never silently dense or wrong."""
+"""Refusals of what PowerAttention cannot serve: at startup, with cause and remedy, never silently dense or wrong."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -10,13 +10,13 @@ if TYPE_CHECKING:
 OTHER_BACKEND = "Serve this model with another attention backend (leave out --attention-backend power)."
 
 
-# Pages that the kernels take: ours on GPUs (gpu_backend), vLLM's C++ attention on CPUs.
+# The page sizes that the kernels support: ours on GPUs (gpu_backend), vLLM's C++ attention on CPUs.
 GPU_PAGES = (16, 32, 64, 128, 256)
 CPU_PAGES = (32, 64, 128, 256, 512)
 
 
 def check_config(vllm_config: "VllmConfig", on_cpu: bool) -> None:
-    """Refuse what the configuration alone shows. Raises ValueError."""
+    """Refuse what the configuration alone rules out. Raises ValueError."""
     asked = options.of_config(vllm_config)
     model = vllm_config.model_config
     parallel = vllm_config.parallel_config
@@ -28,7 +28,7 @@ def check_config(vllm_config: "VllmConfig", on_cpu: bool) -> None:
         asked.dense_layer_indices(model.get_total_num_hidden_layers())
         asked.effective_pattern.check_length(model.max_model_len)
         if getattr(model, "rswa_window", None) is not None:
-            _refuse("reference sliding window attention (R-SWA) has a rule of its own for generated tokens")
+            _refuse("reference sliding window attention (R-SWA) has its own rule for generated tokens")
         if model.attn_type == "encoder_only":
             _refuse("an encoder-only model attends in both directions; the pattern is causal")
     if parallel.decode_context_parallel_size > 1 or getattr(parallel, "prefill_context_parallel_size", 1) > 1:
@@ -42,7 +42,7 @@ def check_config(vllm_config: "VllmConfig", on_cpu: bool) -> None:
 
 
 def check_executor(vllm_config: "VllmConfig", on_cpu: bool) -> None:
-    """Refuse an executor that this device or this KV cache can not have. Raises ValueError."""
+    """Refuse an executor that this device or this KV cache does not support. Raises ValueError."""
     executor = options.of_config(vllm_config).executor
     if executor != "auto" and (executor == "cpu") is not on_cpu:
         where = "a CPU" if on_cpu else "a GPU"
@@ -55,7 +55,7 @@ def check_executor(vllm_config: "VllmConfig", on_cpu: bool) -> None:
 
 
 def pages_of(vllm_config: "VllmConfig", on_cpu: bool) -> list[int]:
-    """The page sizes that serve the pattern on this device, ascending. Raises ValueError if there are none."""
+    """The page sizes that fit the pattern on this device, ascending. Raises ValueError if there are none."""
     block_size = options.of_config(vllm_config).effective_pattern.block_size
     fitting = [size for size in (CPU_PAGES if on_cpu else GPU_PAGES) if block_size % size == 0]
     if not fitting:
@@ -67,14 +67,14 @@ def pages_of(vllm_config: "VllmConfig", on_cpu: bool) -> list[int]:
 
 
 def check_page_size(vllm_config: "VllmConfig", on_cpu: bool) -> None:
-    """Refuse a page that does not divide the pattern's block or that the kernels do not take. Raises ValueError."""
+    """Refuse a page that does not divide the pattern's block or that the kernels do not support. Raises ValueError."""
     page_size, fitting = vllm_config.cache_config.block_size, pages_of(vllm_config, on_cpu)
     if page_size not in fitting:
         block_size = options.of_config(vllm_config).effective_pattern.block_size
         _refuse(
             f"a page (--block-size) of {page_size} tokens does not divide the pattern's block of {block_size}"
             if block_size % page_size
-            else f"a page (--block-size) of {page_size} tokens is none that the kernels take on this device",
+            else f"the kernels do not support a page (--block-size) of {page_size} tokens on this device",
             f"Use --block-size with one of {', '.join(map(str, fitting))}, or leave it out.",
         )
 
@@ -90,7 +90,7 @@ def check_layer(selector: Any) -> None:
 
 
 def check_wrapper(layer: Any) -> None:
-    """Refuse a built layer whose class put a backend of its own around ours. Raises ValueError."""
+    """Refuse a built layer whose class wraps our backend in its own. Raises ValueError."""
     backend = layer.attn_backend
     if backend.__module__.partition(".")[0] != "vllm_power" or "<locals>" in backend.__qualname__:
         _refuse(
@@ -99,9 +99,9 @@ def check_wrapper(layer: Any) -> None:
 
 
 def check_alibi(alibi_slopes: Any) -> None:
-    """Refuse ALiBi: its bias grows with the distance, which a rewritten table does not keep. Raises ValueError."""
+    """Refuse ALiBi: its bias grows with the distance, which a rewritten page table loses. Raises ValueError."""
     if alibi_slopes is not None:
-        _refuse("ALiBi needs the distance to each key, which is lost where blocks are left out")
+        _refuse("ALiBi needs the distance to each key, which is lost when blocks are left out")
 
 
 def check_sinks(sinks: Any, executors: tuple[str, str]) -> None:
@@ -123,7 +123,7 @@ def check_causal(step: Any) -> None:
 
 
 def check_dense_layer(implementation: Any, kv_cache_dtype: str) -> None:
-    """Refuse a dense layer whose kernels want a quantised query, which vLLM did not prepare. Raises ValueError."""
+    """Refuse a dense layer whose kernels need a quantised query, which vLLM did not prepare. Raises ValueError."""
     if kv_cache_dtype.startswith("fp8") and getattr(implementation, "supports_quant_query_input", False):
         _refuse(
             "dense layers over an fp8 KV cache need quantised queries on this device",
@@ -135,11 +135,12 @@ def check_any_layer(sparse: int, layers: int) -> None:
     """Refuse a model none of whose ``layers`` attention layers would run the pattern. Raises ValueError."""
     if not sparse:
         _refuse(
-            f"none of the {layers} attention layers would run it: each has a sliding window of its own or stays dense",
-            "If the model was meant to see everything, switch its window off "
-            "(--hf-overrides '{\"sliding_window\": null}'), or name fewer dense_layers; else use another backend.",
+            f"none of the {layers} attention layers would run the pattern: each has its own sliding window or stays "
+            "dense",
+            "If the model is meant to see everything, switch its window off "
+            "(--hf-overrides '{\"sliding_window\": null}'), or name fewer dense_layers; otherwise use another backend.",
         )
 
 
 def _refuse(cause: str, remedy: str = OTHER_BACKEND) -> None:
-    raise ValueError(f"--attention-backend power can not serve this: {cause}. {remedy}")
+    raise ValueError(f"--attention-backend power cannot serve this: {cause}. {remedy}")

@@ -1,4 +1,4 @@
-"""What we add to vLLM's scheduler (``compat.extend_scheduler``): the length that vLLM settled on, and marked hashes."""
+"""Additions to vLLM's scheduler (``compat.extend_scheduler``): the final max_model_len, and marked hashes."""
 
 from dataclasses import replace
 from typing import Any
@@ -9,12 +9,12 @@ from vllm_power.prefix_hashes import mark_dense_rows
 
 
 class PowerScheduler:
-    """Stands before the class of vLLM's scheduler in use."""
+    """A base in front of vLLM's scheduler class, whichever is in use."""
 
     requests: dict[str, Any]
 
     def __init__(self, vllm_config: Any, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
-        # The specs come from when the layers were built. `--max-model-len auto` fits the length to the memory later.
+        # The specs were made when the layers were built. `--max-model-len auto` fits the length to the memory later.
         for group in kv_cache_config.kv_cache_groups:
             spec = group.kv_cache_spec
             if isinstance(spec, PowerAttentionSpec):

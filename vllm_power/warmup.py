@@ -1,8 +1,8 @@
-"""Compile, before the first request, every variant of the kernels that a request can ask for.
+"""Compile, before the first request, every variant of the kernels that a request can need.
 
-Triton compiles a kernel when it is first launched. So the first metadata build (during vLLM's own warm-up) runs a layer
-over dummy steps: prompts of every size class, and decode batches of every size class. Nothing that matters is read or
-written: the dummies see vLLM's null page and their output is thrown away.
+Triton compiles a kernel at its first launch. So the first metadata build (during vLLM's own warm-up) runs a layer over
+dummy steps: prompts of every size class, and decode batches of every size class. No real data is read or written: the
+dummies see vLLM's null page, and their output is discarded.
 """
 
 from collections.abc import Callable
@@ -31,7 +31,7 @@ def warm_up(builder: "PowerMetadataBuilder") -> None:
 
 
 def _size_classes(least: int, most: int) -> list[int]:
-    """``least``, ``most``, and between them 2, 3, 4, 6, 8, 12, ...: one of each class that a kernel is compiled for."""
+    """``least``, ``most``, and between them 2, 3, 4, 6, 8, 12, ...: one of each compiled size class."""
     steps = {size << bit for size in (2, 3) for bit in range(most.bit_length())}
     return sorted({min(least, most), *(step for step in steps if least <= step <= most), most})
 

@@ -291,5 +291,5 @@ def test_dropout() -> None:
 def test_attention_to_later_tokens() -> None:
     config = small_config("gemma3_text", use_bidirectional_attention=True)
     use_power(config, OPTIONS)
-    with pytest.raises(ValueError, match="can not do this"):
+    with pytest.raises(ValueError, match="cannot do this"):
         AutoModelForCausalLM.from_config(config)(tokens(1, 20))

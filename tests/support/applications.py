@@ -38,7 +38,7 @@ class Engine:
     def live(self) -> dict[str, Any]:
         self.asked += 1
         if self.silent:
-            raise Unavailable("no engine shares its figures")
+            raise Unavailable("no engine shares its metrics")
         return {
             "engines": {"heard": 1, "of": 1},
             "tokens": 1_000 * self.asked,

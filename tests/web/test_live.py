@@ -54,7 +54,7 @@ def report(engine: int, tokens: int, counting: int = 1) -> None:
 def test_an_engine_that_is_not_heard_is_no_engine_at_zero(client):
     answer = client.get("/v1/power/live")
     assert answer.status_code == 503
-    assert "no engine shares its figures" in answer.json()["detail"]
+    assert "no engine shares its metrics" in answer.json()["detail"]
     info = client.get("/v1/power/info").json()
     assert info["engine"] is True
     assert info["pattern"]["name"] == "power"

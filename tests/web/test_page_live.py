@@ -104,7 +104,7 @@ def test_a_server_that_is_gone_is_named_until_it_is_back(live: Page) -> None:
 def test_an_engine_that_tells_nothing_says_why(page: Page, url: str, engine: Engine) -> None:
     engine.silent = True
     page.open(f"{url}/engine/power")
-    page.shows("live-text", "no engine shares its figures")
+    page.shows("live-text", "no engine shares its metrics")
 
 
 def test_what_vllm_refuses_is_said_plainly(live: Page) -> None:

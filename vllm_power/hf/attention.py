@@ -5,21 +5,21 @@
     model = AutoModelForCausalLM.from_pretrained("MODEL")
     use_power(model, {"dense_layers": [0, 13]})     # the options of the server, by the same names
     ...                                             # train
-    model.save_pretrained("trained")                # config.json says power_attention: `vllm serve` takes it from there
+    model.save_pretrained("trained")                # config.json has power_attention, which `vllm serve` reads
 
-A checkpoint that says so already: ``register()``, then ``from_pretrained(..., attn_implementation="power")``.
+For a checkpoint that already has it, call ``register()``, then ``from_pretrained(..., attn_implementation="power")``.
 
-transformers asks twice: once a forward pass for the mask, and in each layer for the attention. In the mask's place
-stands a Batch (batch.py), which says which tokens are one text: blocks are counted from each text's first token. On
-GPUs Triton kernels follow lists of tiles (tiles.py, sparse.py); on CPUs, and for a few queries, it is dense attention
+transformers calls this module for the mask, once per forward pass, and for the attention, in each layer. The mask is a
+Batch (batch.py), which records which tokens form one text: blocks are counted from the first token of each text. On
+GPUs, Triton kernels follow lists of tiles (tiles.py, sparse.py). On CPUs, and for a few queries, the attention is dense
 over the visible blocks (segments.py).
 
-To find the texts, a Batch has to read the mask, or the positions, back from the device. A training loop that knows its
-texts gives the model ``power_plan`` beside its inputs, a sparse.Plan: then nothing is read back, and layers can be
-compiled whole.
+To find the texts, a Batch has to read the mask or the positions back from the device. A training loop that knows its
+texts can pass ``power_plan``, a sparse.Plan, to the model in addition to its inputs. Then nothing is read back, and
+whole layers can be compiled.
 
-With ``dense_tail`` or ``decode: "dense"``, which rows see everything depends on where each prompt ends: give the model
-``power_prompt_tokens``, one number per text (dense_rows.py).
+With ``dense_tail`` or ``decode: "dense"``, the rows that see everything depend on where each prompt ends: pass
+``power_prompt_tokens`` to the model, one number per text (dense_rows.py).
 """
 
 from collections.abc import Callable, Mapping
@@ -38,7 +38,7 @@ from vllm_power.options import PatternOptions
 
 NAME = "power"
 
-# From so many queries on, transformers' own kernels for windows are worth their compilation.
+# The number of queries from which transformers' own kernels for windows are worth their compilation.
 MANY_QUERIES = 128
 
 # Arguments of transformers' attention functions that change the result in ways that are not implemented here.
@@ -46,18 +46,18 @@ UNKNOWN_TO_PATTERN = ("softcap", "s_aux", "position_bias", "sliding_window")
 
 
 def register() -> None:
-    """Make ``attn_implementation="power"`` known to transformers. May be called any number of times."""
+    """Make ``attn_implementation="power"`` known to transformers. Idempotent."""
     AttentionInterface.register(NAME, power_attention)
     AttentionMaskInterface.register(NAME, power_mask)
 
 
 def use_power(model_or_config: Any, options: PatternOptions | Mapping[str, Any]) -> None:
-    """Put a transformers model, PEFT's wrapper of one, or the config of one to be made, under the pattern.
+    """Make a model run the pattern. ``model_or_config``: a transformers model, a PEFT wrapper of one, or a config.
 
-    options: the server's (README.md, "Options"), or an object of them; {} is the default pattern. They are stored in
+    options: the server's options (docs/options.md) or a mapping of them; {} is the default pattern. They are stored in
     the config as ``power_attention``, so ``save_pretrained`` writes them.
 
-    Raises ValueError for an unknown or invalid option, and for a model that can not run under the pattern.
+    Raises ValueError for an unknown or invalid option, and for a model that cannot run under the pattern.
     """
     register()
     given = options if isinstance(options, PatternOptions) else PatternOptions.model_validate(options)
@@ -78,7 +78,7 @@ def use_power(model_or_config: Any, options: PatternOptions | Mapping[str, Any])
     if text_config._attn_implementation != NAME:
         raise ValueError(
             f"{type(model_or_config).__name__} does not take attention implementations from transformers' "
-            "AttentionInterface, so it can not run under the pattern"
+            "AttentionInterface, so it cannot run under the pattern"
         )
 
 
@@ -95,10 +95,10 @@ def power_mask(
     config: Any = None,
     **others: Any,
 ) -> Any:
-    """What transformers' models call for their mask. attention_mask: bool [rows, tokens so far], False for padding.
+    """The mask function that transformers' models call. attention_mask: bool [rows, tokens so far], False for padding.
 
-    Layers with a window of their own (``local_size``) get transformers' own mask. Raises ValueError for what the
-    pattern can not stand for.
+    Layers with their own window (``local_size``) get transformers' own mask. Raises ValueError for a mask that the
+    pattern cannot represent.
     """
     if local_size is not None:
         many = q_length >= MANY_QUERIES and torch.device(others.get("device", "cpu")).type == "cuda"
@@ -146,10 +146,10 @@ def power_attention(
     scaling: float | None = None,
     **named: Any,
 ) -> tuple[torch.Tensor, None]:
-    """What each layer calls. Returns [rows, Q, H, D] and no weights.
+    """The attention function that each layer calls. Returns [rows, Q, H, D] and no weights.
 
-    query: [rows, H, Q, D]; key and value: [rows, G, K, D]. attention_mask: what
-    :func:`power_mask` gave. Raises ValueError for what the pattern can not stand for.
+    query: [rows, H, Q, D]; key and value: [rows, G, K, D]. attention_mask: the result of :func:`power_mask`. Raises
+    ValueError for attention that the pattern cannot represent.
     """
     plan = named.get("power_plan")
     if plan is not None:
@@ -175,7 +175,7 @@ def power_attention(
             )
     if named.get("position_ids") is not None:
         batch.check_positions(named["position_ids"])
-    # Under autocast, rotary embeddings leave queries and keys in float32 beside values in the lower precision.
+    # Under autocast, rotary embeddings leave queries and keys in float32, while values have the lower precision.
     query, key = query.to(value.dtype), key.to(value.dtype)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     output = batch.attend(layer, query, key, value, scale)
@@ -201,7 +201,7 @@ def _planned(
     scaling: float | None,
     named: Mapping[str, Any],
 ) -> torch.Tensor:
-    """Attention by the lists that came with the batch. Compiled: it must not look at the number of the layer."""
+    """Attention by the lists that came with the batch. It is compiled, so it must not depend on the layer's index."""
     _check(module, dropout, named)
     lists = plan.of_layer(bool(module.power_dense))
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
@@ -219,4 +219,4 @@ def _check(module: torch.nn.Module, dropout: float, named: Mapping[str, Any]) ->
 
 
 def _refuse(cause: str, remedy: str = "Use another attention implementation for this model.") -> NoReturn:
-    raise ValueError(f'attn_implementation="power" can not do this: {cause}. {remedy}')
+    raise ValueError(f'attn_implementation="power" cannot do this: {cause}. {remedy}')

@@ -1,4 +1,4 @@
-"""One forward pass: which tokens are one text, and which layers are dense. Models hand it on in their mask's place."""
+"""One forward pass: which tokens form one text, and which layers are dense. Models pass it to layers as the mask."""
 
 import torch
 
@@ -6,14 +6,14 @@ from vllm_power.hf import documents, segments, sparse, tiles
 from vllm_power.hf.documents import Row
 from vllm_power.pattern import PATTERN_ROWS, Pattern, RowRule, preset
 
-FEW_QUERIES = 32  # fewer than this leave a tile of the kernels mostly empty
+FEW_QUERIES = 32  # fewer queries leave the kernels' tiles mostly empty
 
 
 class Batch:
-    """pattern: of the layers that are not dense. dense_layers: indices of those that are.
+    """pattern: the pattern of the layers that are not dense. dense_layers: the indices of the dense layers.
 
-    rows: the documents of each row, in keys. num_queries: the new tokens, the last ones of the ``num_keys`` tokens.
-    rule: which of a document's tokens see everything; ``attention.power_attention`` replaces them.
+    rows: the documents of each row, as key indices. num_queries: the number of new tokens, which are the last of the
+    ``num_keys`` tokens. rule: which tokens of a document see everything; ``attention.power_attention`` computes them.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class Batch:
         self.num_queries = num_queries
         self.num_keys = num_keys
         self.rule = rule
-        # On a CPU, rows with the same texts are computed at once.
+        # On a CPU, rows with the same texts are computed together.
         same = len(set(rows)) == 1
         self._groups = (
             [(slice(None), rows[0])] if same else [(slice(i, i + 1), row) for i, row in enumerate(rows)]
@@ -48,8 +48,8 @@ class Batch:
         pattern = self.dense if layer in self.dense_layers else self.pattern
         if (query.shape[2], key.shape[2]) != (self.num_queries, self.num_keys):
             raise ValueError(
-                f"layer {layer} has {query.shape[2]} queries and {key.shape[2]} keys where the mask was made for "
-                f"{self.num_queries} and {self.num_keys}: this cache can not be used under the pattern"
+                f"layer {layer} has {query.shape[2]} queries and {key.shape[2]} keys, but the mask was made for "
+                f"{self.num_queries} and {self.num_keys}: this cache cannot be used under the pattern"
             )
         if self._suits_kernels(query, value):
             lists = self._listed(pattern, query)
@@ -61,11 +61,11 @@ class Batch:
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
     def with_dense(self, dense_layers: frozenset[int]) -> "Batch":
-        """The same texts with other dense layers."""
+        """A batch of the same texts with other dense layers."""
         return Batch(self.pattern, dense_layers, self.rows, self.num_queries, self.num_keys, self.rule)
 
     def packed(self, cumulative: torch.Tensor) -> "Batch":
-        """The same tokens as the texts that ``cu_seq_lens_q`` tells apart. Raises ValueError where it does not fit."""
+        """The same tokens, split into texts by ``cu_seq_lens_q``. Raises ValueError if it does not fit the tokens."""
         if self._packed is None or self._packed[0] is not cumulative:
             if len(self.rows) != 1 or self.num_queries != self.num_keys:
                 raise ValueError("cu_seq_lens_q is for packed texts in one row, without a cache")
@@ -76,10 +76,10 @@ class Batch:
         return self._packed[1]
 
     def check_positions(self, position_ids: torch.Tensor) -> None:
-        """Refuse texts that the positions tell apart where the mask does not. position_ids: int [1 or rows, Q].
+        """Refuse texts that the positions separate but the mask does not. position_ids: int [1 or rows, Q].
 
-        transformers reads packed texts from the positions only where there is neither padding nor a cache; elsewhere it
-        would let one text see another without a word. Raises ValueError.
+        transformers derives packed texts from the positions only if there is neither padding nor a cache; otherwise it
+        would silently let one text see another. Raises ValueError.
         """
         if self.num_queries == 1 or position_ids.dim() != 2 or position_ids is self._checked:
             return
@@ -96,7 +96,7 @@ class Batch:
         self._checked = position_ids
 
     def _suits_kernels(self, query: torch.Tensor, value: torch.Tensor) -> bool:
-        """On a GPU, but for a few queries."""
+        """Whether the kernels run this: on a GPU, except for a few queries, wide heads or other dtypes."""
         widest = max(query.shape[3], value.shape[3])
         known = query.dtype in (torch.float32, torch.float16, torch.bfloat16) and widest <= tiles.WIDEST_HEAD
         return query.is_cuda and known and self.num_queries >= FEW_QUERIES

@@ -1,6 +1,6 @@
 """Rows that see every earlier token (``pattern.RowRule``), computed over the pattern's output.
 
-They are few (the end of a prompt, and its answer), so layers under the pattern compute every row under it first.
+They are few (the end of a prompt, and its answer), so a layer first computes every row under the pattern.
 """
 
 from collections.abc import Sequence
@@ -11,13 +11,13 @@ from vllm_power.hf.documents import Row
 from vllm_power.hf.segments import causal
 from vllm_power.pattern import RowRule
 
-IGNORED = -100  # the label of tokens that are not learned
+IGNORED = -100  # the label of tokens without a loss
 
 
 def prompt_tokens(labels: torch.Tensor) -> list[int]:
-    """The prompt's length of each row, from the labels: the tokens before the first label that is not -100.
+    """The prompt length of each row, from the labels: the number of tokens before the first label that is not -100.
 
-    labels: int [rows, tokens], one text per row. A row without labels is all prompt.
+    labels: int [rows, tokens], one text per row. A row without labels is a prompt as a whole.
     """
     found = labels != IGNORED
     first = found.int().argmax(1)

@@ -1,7 +1,7 @@
-"""Which tokens of a batch are one text: blocks are counted from each text's first token, as when it is served alone.
+"""Which tokens of a batch form one text: blocks are counted from each text's first token, as when it is served alone.
 
-A **document** is a run (start, end) of one row's tokens, end excluded. A row without padding is one document, packed
-training data are several, and padding is none. Key indices are meant throughout: with a cache, those of the cached
+A **document** is a run (start, end) of one row's tokens, end excluded. A row without padding is one document, a row of
+packed training data has several, and padding belongs to none. All indices are key indices: with a cache, the cached
 tokens come first.
 """
 
@@ -17,7 +17,7 @@ Row = tuple[Document, ...]
 def of_labels(labels: torch.Tensor) -> tuple[Row, ...]:
     """The documents of each row. labels: int [rows, tokens], the same number for tokens of one text, 0 for padding.
 
-    Raises ValueError where a text has a hole.
+    Raises ValueError if a text has a hole.
     """
     rows = []
     for row in labels.cpu():
@@ -42,7 +42,7 @@ def of_lengths(cumulative: torch.Tensor, tokens: int) -> tuple[Row, ...]:
 
     cumulative: int [documents + 1], as transformers' ``cu_seq_lens_q``: 0, then the end of each.
 
-    Raises ValueError where the numbers do not rise from 0 to at most ``tokens``.
+    Raises ValueError if the numbers do not rise from 0 to at most ``tokens``.
     """
     ends = cumulative.tolist()
     pairs = list(pairwise(ends))
@@ -54,12 +54,12 @@ def of_lengths(cumulative: torch.Tensor, tokens: int) -> tuple[Row, ...]:
 def labels(
     sees: Callable[..., torch.Tensor] | None, real: torch.Tensor | None, rows: int, tokens: int
 ) -> torch.Tensor:
-    """int [rows, tokens] for :func:`of_labels`, on the CPU or where ``real`` is.
+    """The labels for :func:`of_labels`, int [rows, tokens], on the device of ``real`` or on the CPU.
 
-    sees: transformers' mask function of (row, head, query, key), which tells packed texts apart; None: one text a row.
+    sees: transformers' mask function of (row, head, query, key), which separates packed texts; None: one text per row.
     real: bool [rows, tokens], False for padding; None: no padding.
 
-    Raises ValueError where ``sees`` is not causal attention within texts: that is nothing the pattern could stand for.
+    Raises ValueError if ``sees`` is not causal attention within texts, because the pattern cannot represent it.
     """
     device = real.device if real is not None else torch.device("cpu")
     numbers = torch.ones(rows, tokens, dtype=torch.long, device=device)
@@ -69,7 +69,7 @@ def labels(
 
 
 def _boundaries(sees: Callable[..., torch.Tensor], rows: int, tokens: int) -> torch.Tensor:
-    """bool [rows, tokens]: tokens that do not see the one before them. The first of a row does not count."""
+    """bool [rows, tokens]: the tokens that do not see the token before them, except for the first token of a row."""
     row = torch.arange(rows)[:, None]
     token = torch.arange(tokens)[None, :]
     before = (token - 1).clamp(min=0)
@@ -85,7 +85,7 @@ def _boundaries(sees: Callable[..., torch.Tensor], rows: int, tokens: int) -> to
     apart = ~(told(token, (first - 1).clamp(min=0)) & (first > 0))
     if not (causal & apart).all():
         raise ValueError(
-            "the model asks for a mask of its own (tokens that see later ones, or chunks), which the pattern can not "
-            "stand for. Leave out what causes it, or use another attention implementation."
+            "the model needs its own mask (tokens that see later ones, or chunks), which the pattern cannot "
+            "represent. Remove what causes it, or use another attention implementation."
         )
     return boundary

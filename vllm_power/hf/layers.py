@@ -1,4 +1,4 @@
-"""What each layer of a transformers model does: the pattern, dense attention, or a mask of its own."""
+"""What each layer of a transformers model runs: the pattern, dense attention, or its own mask."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from vllm_power import options
 
 
 def keeping_their_own(config: Any) -> frozenset[int]:
-    """Layers with a mask of their own, such as a sliding window, by transformers' config of a text model."""
+    """The layers with their own mask, such as a sliding window, from the transformers config of a text model."""
     layers = range(config.num_hidden_layers)
     kinds = getattr(config, "layer_types", None)
     if kinds:
@@ -18,13 +18,13 @@ def keeping_their_own(config: Any) -> frozenset[int]:
 def options_of(config: Any) -> options.PatternOptions:
     """The options stored in ``config.power_attention``.
 
-    Raises ValueError where there are none or a wrong one, and where no layer would run the pattern.
+    Raises ValueError if there are none, if one is invalid, or if no layer would run the pattern.
     """
     stored = getattr(config, "power_attention", None)
     if stored is None:
         raise ValueError(
             'attn_implementation="power" needs to know the pattern: config.power_attention is not set. Call '
-            "vllm_power.hf.attention.use_power(model, {}) for the default one."
+            "vllm_power.hf.attention.use_power(model, {}) for the default pattern."
         )
     found = options.resolve(None, stored)
     check(config, found)
@@ -36,7 +36,7 @@ def check(config: Any, found: options.PatternOptions) -> None:
     own = keeping_their_own(config)
     if len(own | found.dense_layer_indices(config.num_hidden_layers)) == config.num_hidden_layers:
         raise ValueError(
-            f"none of the {config.num_hidden_layers} layers would run the pattern: each has a window of its own or "
-            "stays dense. If the model was meant to see everything, switch its window off "
+            f"none of the {config.num_hidden_layers} layers would run the pattern: each has its own window or "
+            "stays dense. If the model is meant to see everything, switch its window off "
             "(config.sliding_window = None), or name fewer dense_layers."
         )

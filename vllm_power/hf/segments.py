@@ -1,8 +1,8 @@
-"""The pattern exactly, on any device: each segment is dense attention over the blocks that it sees.
+"""The exact pattern on any device: each segment is dense attention over the blocks that it sees.
 
-A **segment** is what it is in the server's plan (vllm_power/kernels/plan.py): the new tokens of one text that lie in
-one query block. They all see the same earlier blocks whole and their own causally. Here keys lie side by side, so a
-segment's keys are a few slices. Forward and backward are PyTorch's own.
+A **segment** is the same as in the server's plan (vllm_power/kernels/plan.py): the new tokens of one text that lie in
+one query block. They all see the same earlier blocks as a whole, and their own block causally. Here keys are
+contiguous, so the keys of a segment are a few slices. PyTorch itself computes forward and backward.
 """
 
 from collections.abc import Iterator
@@ -17,9 +17,9 @@ Range = tuple[int, int]
 
 
 def segments(pattern: Pattern, first: int, length: int) -> Iterator[tuple[Range, list[Range]]]:
-    """(queries, keys) of each segment of the tokens ``first`` to ``length`` of a text; both as positions in the text.
+    """(queries, keys) of each segment in the tokens ``first`` to ``length`` of a text; both as positions in the text.
 
-    Leading blocks that see everything before them are one segment.
+    The leading blocks that see everything before them form one segment.
     """
     size = pattern.block_size
     dense = min(length, pattern.dense_tokens)
@@ -79,7 +79,7 @@ def causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: f
     mask = None
     if not square and queries > 1:
         mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
-        if query.is_cuda:  # there no fast kernel takes both a mask and grouped heads
+        if query.is_cuda:  # no fast CUDA kernel takes both a mask and grouped heads
             group = query.shape[1] // key.shape[1]
             key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     return scaled_dot_product_attention(

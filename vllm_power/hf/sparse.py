@@ -1,4 +1,4 @@
-"""Attention of whole texts by the training kernels, as an operator that torch.compile and autograd know."""
+"""Attention over whole texts with the training kernels, as an operator for torch.compile and autograd."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,24 +11,24 @@ from vllm_power.hf.tiles import Lists
 
 @dataclass(frozen=True)
 class Plan:
-    """The lists of a batch for the layers under the pattern, and for dense ones; None if there are none.
+    """The lists of a batch for the layers under the pattern, and for dense layers (None if there are no dense layers).
 
-    Not a tuple: loaders and trainers take tuples apart and put them together again, each in its own way.
+    Not a tuple, because loaders and trainers take tuples apart and rebuild them, each in its own way.
     """
 
     pattern: Lists
     dense: Lists | None = None
 
     def to(self, device: Any, non_blocking: bool = False) -> "Plan":
-        """The same on ``device``."""
+        """The same plan on ``device``."""
         return self._each(lambda part: part.to(device, non_blocking))
 
     def pin_memory(self) -> "Plan":
-        """The same in pinned memory."""
+        """The same plan in pinned memory."""
         return self._each(Lists.pin_memory)
 
     def of_layer(self, dense: bool) -> Lists:
-        """The lists of a layer. Raises ValueError if dense ones were not made."""
+        """The lists of a layer. Raises ValueError if the layer is dense and there are no lists for dense layers."""
         if not dense:
             return self.pattern
         if self.dense is None:
@@ -44,8 +44,8 @@ def attend(
 ) -> torch.Tensor:
     """query: [rows, H, Q, D], the last Q of the K tokens; key: [rows, G, K, D]; value: [rows, G, K, Dv]; G divides H.
 
-    All of one dtype, and lists for these rows and tokens on their device. Returns [rows, Q, H, Dv], contiguous, with
-    zeros for padding. Nothing is checked here: the lists say what is read.
+    The tensors have one dtype, and ``given`` has the lists for these rows and tokens, on the same device. Returns
+    [rows, Q, H, Dv], contiguous, with zeros for padding. Nothing is checked here: the lists determine what is read.
     """
     states = (part.transpose(1, 2) for part in (query, key, value))
     numbers = given.tile, given.parts, given.partial
@@ -66,7 +66,7 @@ def _attention(
     parts: int,
     partial: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output [rows, Q, H, Dv], and the logarithms of the softmax's sums, float32 [rows, H, Q]."""
+    """The output [rows, Q, H, Dv], and the logarithms of the softmax sums, float32 [rows, H, Q]."""
     from vllm_power.kernels import training_forward
 
     query, key, value = map(_dense_heads, (query, key, value))
@@ -100,7 +100,7 @@ def _gradients(
     parts: int,
     partial: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of query, key and value, each contiguous."""
+    """The gradients of query, key and value, each contiguous."""
     from vllm_power.kernels import training_backward
 
     query, key, value, direction = map(_dense_heads, (query, key, value, direction))
@@ -131,8 +131,9 @@ def _backward(ctx: Any, direction: torch.Tensor, of_sums: torch.Tensor | None) -
 _attention.register_autograd(_backward, setup_context=_keep)
 
 
-# By kernel, tile and whether a token's head is at most 128 bytes: warps, pipeline stages and tokens of a step. Measured
-# on an H200 over 8 rows of 8K with heads of 64 and blocks of 64, and a row of 32K with heads of 128, blocks of 256.
+# {(kernel, tile, whether one head of a token has at most 128 bytes): (warps, pipeline stages, tokens per iteration)}.
+# Measured on an H200: 8 rows of 8K with heads of 64 and blocks of 64, and one row of 32K with heads of 128 and blocks
+# of 256.
 LAUNCH = {
     ("forward", 64, True): (4, 2, 64),
     ("query", 64, True): (4, 3, 32),
@@ -148,9 +149,9 @@ LAUNCH = {
 
 def launch(kernel: str, query: torch.Tensor, tile: int) -> dict[str, int]:
     """How to launch a kernel: "forward", "query" or "key"."""
-    size = query.dtype.itemsize * query.shape[3]  # bytes of a token's head
+    size = query.dtype.itemsize * query.shape[3]  # bytes of one head of a token
     found = LAUNCH.get((kernel, tile, size <= 128))
-    if found is None:  # what fits into shared memory
+    if found is None:  # a size that fits into shared memory
         step = 64 if size <= 256 else 32 if size <= 512 else 16
         found = (8 if tile > 64 else 4, 2 if size <= 256 else 1, min(tile, step))
     return {
@@ -174,5 +175,5 @@ def _shaped(
 
 
 def _dense_heads(tensor: torch.Tensor) -> torch.Tensor:
-    """The same numbers, each head's side by side, as the kernels want them."""
+    """The same values with each head contiguous, as the kernels require."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

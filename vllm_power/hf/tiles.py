@@ -1,23 +1,23 @@
 """The pattern as lists for the training kernels: which key tiles each query tile reads, and which query tiles read it.
 
-A **tile** is ``tile`` tokens of one text, counted from the text's first token. Texts begin anywhere in a row, so tiles
-of different texts need not line up, and no token moves. The lists of a pattern are the same for every text: a shorter
-one takes the beginning of each list. So texts cost a record for each tile, and lists of their own only where some of
-their tokens see everything.
+A **tile** is ``tile`` tokens of one text, counted from the text's first token. Texts can begin anywhere in a row: tiles
+of different texts need not be aligned, and no token is moved. The lists of a pattern are the same for every text: a
+shorter text uses the beginning of each list. So a text costs one record per tile; it needs its own lists only if some
+of its tokens see everything.
 
 Records are int32 [records, 12]:
 
 | word | of a query tile | of a chunk of the readers of a key tile | of a sum of chunks |
 | --- | --- | --- | --- |
-| 0 | 0 nothing, 1 text, 2 padding | the same + 4 * (its part + 1); without part it writes the gradients | 0 or 1 |
+| 0 | 0 nothing, 1 text, 2 padding | the same + 4 * (its part + 1); without a part it writes the gradients | 0 or 1 |
 | 1 to 3 | row, first token of the text, its length | the same | the same |
 | 4 | number of the tile in its text | the same | the same |
-| 5, 6 | positions from .. to (excluded) that see everything | the same | first part, parts |
-| 7, 8 | first entry and number of the tiles read whole | of the query tiles that read it whole | |
-| 9, 10 | the same of those read in part | the same | |
-| 11 | bits of the tile's own keys | the same; 0: not in this chunk | |
+| 5, 6 | first and last (excluded) position that sees everything | the same | first part, parts |
+| 7, 8 | first entry and number of the tiles read as a whole | of the query tiles that read it as a whole | |
+| 9, 10 | the same for the tiles read in part | the same | |
+| 11 | bits for the tile's own keys | the same; 0: not in this chunk | |
 
-Entries are int32 [entries, 2]: the number of a tile, and bits for those read in part
+Entries are int32 [entries, 2]: the number of a tile, and bits for a tile read in part
 (vllm_power.kernels.training_tiles).
 """
 
@@ -36,14 +36,14 @@ NOTHING, TEXT, PADDING = range(3)
 
 WIDEST_HEAD = 256
 
-# Readers of a key tile are divided among programs if they are more than this multiple of the mean, and more than this
-# number.
+# The readers of a key tile are divided among programs if there are more than TIMES_MEAN times the mean, and more than
+# MANY_READERS.
 TIMES_MEAN = 4
 MANY_READERS = 16
 
 
 class Text(NamedTuple):
-    """Tokens ``start`` to ``end`` (excluded) of a row. Positions dense_from to dense_to see everything."""
+    """Tokens ``start`` to ``end`` (excluded) of a row. Positions dense_from to dense_to (excluded) see everything."""
 
     row: int
     start: int
@@ -54,10 +54,10 @@ class Text(NamedTuple):
 
 @dataclass(frozen=True)
 class Lists:
-    """What the kernels need to know in addition to queries, keys and values; see this module's text.
+    """What the kernels need in addition to queries, keys and values; see the module's docstring.
 
     tiles, chunks, sums: int32 [n, 12], entries: int32 [n, 2], each padded so that lengths vary little between batches.
-    tile: tokens of a tile; parts: blocks in it, at least 1; partial: whether some tile is read in part.
+    tile: tokens per tile; parts: blocks per tile, at least 1; partial: whether some tile is read in part.
     """
 
     tiles: torch.Tensor
@@ -69,15 +69,15 @@ class Lists:
     partial: bool
 
     def to(self, device: Any, non_blocking: bool = False) -> "Lists":
-        """The same on ``device``: ordinary tensors, also where they are made under ``torch.inference_mode``."""
+        """The same lists on ``device``, as ordinary tensors even under ``torch.inference_mode``."""
         with torch.inference_mode(False):
             moved = self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-        for tensor in moved.tensors:  # longer lists are no reason to compile a layer once more
+        for tensor in moved.tensors:  # longer lists must not recompile a layer
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
         return moved
 
     def pin_memory(self) -> "Lists":
-        """The same in memory that a GPU can copy from while the host goes ahead; PyTorch's loaders call it."""
+        """The same lists in pinned memory, from which a GPU copies asynchronously. PyTorch's data loaders call this."""
         return self._each(torch.Tensor.pin_memory)
 
     @property
@@ -90,7 +90,7 @@ class Lists:
 
 
 def tile_of(pattern: Pattern, head_size: int, dtype: torch.dtype) -> int:
-    """Tokens of a tile: what a Hopper GPU's registers and shared memory hold."""
+    """Tokens per tile: as many as a Hopper GPU's registers and shared memory hold."""
     if dtype.itemsize > 2:
         return 32
     if head_size > 128:
@@ -106,11 +106,11 @@ def lists(
     tile: int,
     num_queries: int | None = None,
 ) -> Lists:
-    """The lists of ``texts``, in order, in ``rows`` rows of ``num_keys`` tokens; what is between them is padding.
+    """The lists of ``texts``, in order, in ``rows`` rows of ``num_keys`` tokens; all other tokens are padding.
 
-    num_queries: the tokens that ask, the last ones of each row; all by default. The tensors are on the CPU.
+    num_queries: the number of query tokens, the last ones of each row; all by default. The tensors are on the CPU.
     """
-    with torch.inference_mode(False):  # batches are kept, and one made in an evaluation may serve in training
+    with torch.inference_mode(False):  # batches are cached, and training may reuse one made in an evaluation
         return _lists(
             pattern, tuple(texts), rows, num_keys, tile, num_keys if num_queries is None else num_queries
         )
@@ -134,7 +134,9 @@ def _lists(
         if text.dense_from < min(text.dense_to, length):
             own = _with_dense(pattern, tile, count, text.dense_from, min(text.dense_to, length), length)
             entries.append(own.entries)
-        first = count if text.end <= shift else max(0, shift - text.start) // tile  # the first tile that asks
+        first = (
+            count if text.end <= shift else max(0, shift - text.start) // tile
+        )  # the first tile with queries
         words = (TEXT, text.row, text.start, length)
         base = 0 if own is table else done
         done += 0 if own is table else len(own.entries)
@@ -163,8 +165,8 @@ def _lists(
 
 
 class _Table(NamedTuple):
-    """Lists of one text's tiles. whole, partial: bool [query tiles, key tiles] of earlier tiles; the rest is what the
-    records of :func:`lists` take from them."""
+    """The lists of one text's tiles. whole, partial: bool [query tiles, key tiles] of earlier tiles. The records of
+    :func:`lists` are made from the other fields."""
 
     whole: np.ndarray
     partial: np.ndarray
@@ -190,7 +192,7 @@ class _Table(NamedTuple):
     def key_records(
         self, words: tuple[int, ...], first: int, count: int, text: Text, base: int, num_parts: int
     ) -> tuple[np.ndarray, np.ndarray, int]:
-        """Chunks, sums, and the parts so far."""
+        """The chunks, the sums, and the number of parts so far."""
         seen, skipped = [], []
         for pairs in (self.whole, self.partial):
             seen.append(pairs[first:count, :count].sum(0))
@@ -217,7 +219,7 @@ class _Table(NamedTuple):
         own = (piece == shares[number] - 1) & (number >= first)
         records[:, 11] = np.where(own, self.own_bits[number], 0)
         shared = shares[number] > 1
-        parts = num_parts + np.cumsum(shared)  # a chunk's part, and one
+        parts = num_parts + np.cumsum(shared)  # a chunk's part, plus one
         records[:, 0] = np.where(shared, TEXT + 4 * parts, TEXT)
         heads = shared & (piece == 0)
         sums = records[heads].copy()
@@ -238,7 +240,7 @@ def _table(pattern: Pattern, tile: int, count: int) -> _Table:
 def _with_dense(
     pattern: Pattern, tile: int, count: int, dense_from: int, dense_to: int, length: int
 ) -> _Table:
-    """The same for a text of ``length`` tokens of which those from .. to see everything before them."""
+    """The lists of a text of ``length`` tokens whose tokens dense_from to dense_to see everything before them."""
     whole, partial, own_bits, bits = (part.copy() for part in _seen(pattern, tile, count))
     parts = max(1, tile // pattern.block_size)
     begins = np.arange(count) * tile
@@ -253,7 +255,7 @@ def _with_dense(
 
 
 def _listed(whole: np.ndarray, partial: np.ndarray, own_bits: np.ndarray, bits: np.ndarray) -> _Table:
-    """By query tile, then by key tile; whole ones, then partial ones."""
+    """The table with its entries: by query tile, then by key tile; within each, whole tiles, then partial ones."""
     entries, offsets = [], []
     done = 0
     for turned in (False, True):
@@ -269,7 +271,7 @@ def _listed(whole: np.ndarray, partial: np.ndarray, own_bits: np.ndarray, bits: 
 
 @lru_cache(maxsize=16)
 def _seen(pattern: Pattern, tile: int, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """whole and partial, bool [count, count]; the bits of each tile's own keys, int32 [count]; bits of all pairs."""
+    """whole and partial, bool [count, count]; bits for each tile's own keys, int32 [count]; bits of all pairs."""
     earlier = np.tri(count, k=-1, dtype=bool)
     nothing = np.zeros((count, count), np.int32)
     if pattern.name == "full":
@@ -290,12 +292,12 @@ def _seen(pattern: Pattern, tile: int, count: int) -> tuple[np.ndarray, np.ndarr
 
 
 def _capacity(texts: tuple[Text, ...], tile: int) -> int:
-    """Tiles of the longest text, rounded up so that few tables are made."""
+    """The number of tiles of the longest text, rounded up so that few tables are made."""
     return _room(-(-max((text.end - text.start for text in texts), default=1) // tile))
 
 
 def _padding(texts: tuple[Text, ...], rows: int, tokens: int) -> list[tuple[int, int, int]]:
-    """(row, start, end) of what no text covers."""
+    """(row, start, end) of the tokens that no text covers."""
     gaps = []
     done = [0] * rows
     for text in texts:
@@ -306,19 +308,19 @@ def _padding(texts: tuple[Text, ...], rows: int, tokens: int) -> list[tuple[int,
 
 
 def _heavy_first(tiles: np.ndarray) -> np.ndarray:
-    """Tiles that read far more than most first, since the last to finish decides; the others in order, for caches."""
+    """Tiles that read far more than most come first, to finish early; the others stay in order, for the caches."""
     reads = tiles[:, 8] + tiles[:, 10]
     return tiles[np.argsort(-(reads // (4 * int(reads.mean()) + 4)), kind="stable")]
 
 
 def _room(count: int) -> int:
-    """``count``, rounded up by less than a quarter to a number of which there are few."""
+    """``count`` rounded up, by less than a quarter, to one of a few sizes."""
     step = 1 << max(0, count.bit_length() - 3)
     return -(-count // step) * step
 
 
 def _padded(records: np.ndarray) -> torch.Tensor:
-    """As many records as there is room for; the new ones say nothing."""
+    """The records, padded with zeros to a size of :func:`_room`."""
     room = np.zeros(
         (max(2, _room(len(records))), records.shape[1]), np.int32
     )  # PyTorch compiles 0 and 1 separately

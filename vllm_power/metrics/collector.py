@@ -1,4 +1,4 @@
-"""Adds up the figures of all the server's processes, in an API process."""
+"""Adds up the metrics of all processes of the server, in an API process."""
 
 from collections.abc import Iterator
 
@@ -13,7 +13,8 @@ logger = init_logger("vllm.power")
 
 
 class MetricsCollector(Collector):
-    """Our metrics for prometheus_client: read anew at every scrape. Errors are logged once and leave them out."""
+    """Our metrics for prometheus_client, read again at every scrape. If that fails, they are missing from the scrape,
+    and the first error is logged."""
 
     def __init__(self) -> None:
         self.failed = False
@@ -26,18 +27,18 @@ class MetricsCollector(Collector):
             yield from metrics()
         except OSError:
             if not self.failed:
-                logger.exception("PowerAttention: its metrics can not be read, and are left out of /metrics")
+                logger.exception("PowerAttention: its metrics cannot be read and are missing from /metrics")
             self.failed = True
 
 
 def metrics() -> list[Metric]:
-    """Our metrics now. Raises OSError where they can not be read."""
+    """The current values of our metrics. Raises OSError if they cannot be read."""
     place = shared_dir.metrics_folder()
     if place is None:
-        raise FileNotFoundError(f"{shared_dir.VARIABLE} names no folder: this process knows no figures")
+        raise FileNotFoundError(f"{shared_dir.VARIABLE} names no folder: this process has no metrics")
     try:
         found = list(MultiProcessCollector(None, str(place)).collect())
-    except Exception as error:  # what a file that is not whole makes of prometheus_client
+    except Exception as error:  # whatever prometheus_client raises for an incomplete file
         raise OSError(f"a file in {place} is damaged: {error!r}") from error
     return [metric for metric in found if metric.name.startswith("vllm_power_")]
 
@@ -46,7 +47,7 @@ _collector: MetricsCollector | None = None
 
 
 def join_metrics() -> None:
-    """Show our metrics on this process's /metrics. With several API servers vLLM's own reads the files itself."""
+    """Show our metrics on this process's /metrics. With several API servers, vLLM's own /metrics reads the files."""
     global _collector
     if _collector is None and shared_dir.metrics_folder() == shared_dir.folder():
         _collector = MetricsCollector()

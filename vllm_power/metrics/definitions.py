@@ -1,15 +1,15 @@
-"""Every metric of ours: its name, what it counts and in what unit. docs/monitoring.md is tested against this table."""
+"""Every metric of this plugin: its name, what it counts and its unit. A test compares docs/monitoring.md with it."""
 
 from dataclasses import dataclass
 from typing import Literal
 
-# As vLLM labels its own metrics, so that the two can be joined.
+# The same labels as on vLLM's own metrics, so that the two can be joined.
 COMMON_LABELS = ("model_name", "engine")
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric as Prometheus has it. ``labels`` come on top of the common ones."""
+    """A Prometheus metric. ``labels`` are in addition to ``COMMON_LABELS``."""
 
     name: str
     kind: Literal["counter", "gauge"]
@@ -20,18 +20,18 @@ class Metric:
 INFO = Metric(
     "vllm_power_info",
     "gauge",
-    "What runs: always 1, the labels tell.",
+    "Always 1; the labels describe what runs.",
     ("version", "pattern", "executor", "reclamation"),
 )
 COUNTING = Metric(
     "vllm_power_counting",
     "gauge",
-    "Whether the engine counts its steps: 0 after an error, and then the other figures stand still.",
+    "1 while the engine counts its steps; 0 after an error (the other vllm_power_* metrics are then stale).",
 )
 TOKENS = Metric(
     "vllm_power_tokens_total",
     "counter",
-    "Tokens whose attention was computed: of prompts and of answers, drafts included, cached prefixes not.",
+    "Prompt and generated tokens whose attention was computed, including drafts, excluding cached prefixes.",
 )
 DENSE_ROWS = Metric(
     "vllm_power_dense_rows_total",
@@ -41,17 +41,17 @@ DENSE_ROWS = Metric(
 BLOCKS_READ = Metric(
     "vllm_power_blocks_read_total",
     "counter",
-    "Key blocks that query blocks have read, in one layer that runs the pattern.",
+    "Key blocks that query blocks have read, counted for one layer that runs the pattern.",
 )
 BLOCKS_SKIPPED = Metric(
     "vllm_power_blocks_skipped_total",
     "counter",
-    "Key blocks before them that query blocks have not read, in one layer that runs the pattern.",
+    "Earlier key blocks that query blocks have skipped, counted for one layer that runs the pattern.",
 )
 LAYER_EXECUTIONS = Metric(
     "vllm_power_layer_executions_total",
     "counter",
-    "Attention layers run, each once a step: those with the pattern, dense ones, those with a window of their own.",
+    "Attention layers run, each once per step: layers with the pattern, dense layers, layers with their own window.",
     ("attention",),
 )
 LAYERS = Metric(
@@ -60,28 +60,26 @@ LAYERS = Metric(
 DENSE_LAYERS_REQUESTED = Metric(
     "vllm_power_dense_layers_requested", "gauge", "Layers that the option dense_layers names."
 )
-SEQUENCES_RUNNING = Metric(
-    "vllm_power_sequences_running", "gauge", "Sequences that are running after the last step."
-)
+SEQUENCES_RUNNING = Metric("vllm_power_sequences_running", "gauge", "Sequences running after the last step.")
 KV_BLOCKS_LIVE = Metric(
-    "vllm_power_kv_blocks_live", "gauge", "KV cache blocks of vLLM's pool that some sequence holds."
+    "vllm_power_kv_blocks_live", "gauge", "KV cache blocks of vLLM's pool that sequences hold."
 )
 KV_BLOCKS_CAPACITY = Metric("vllm_power_kv_blocks_capacity", "gauge", "KV cache blocks of vLLM's pool.")
 KV_BLOCKS_RECLAIMED = Metric(
     "vllm_power_kv_blocks_reclaimed_total",
     "counter",
-    "KV cache blocks that sequences gave back before their end, because no later token of theirs can see them.",
+    "KV cache blocks returned before their sequence ended, because none of its later tokens can see them.",
 )
 RECLAMATION_REQUESTED = Metric(
-    "vllm_power_reclamation_requested", "gauge", "Whether the option reclaim is on (1 or 0)."
+    "vllm_power_reclamation_requested", "gauge", "1 if the option reclaim is on, otherwise 0."
 )
 RECLAMATION_ENABLED = Metric(
-    "vllm_power_reclamation_enabled", "gauge", "Whether blocks are given back early (1 or 0)."
+    "vllm_power_reclamation_enabled", "gauge", "1 if blocks are returned early, otherwise 0."
 )
 REFUSALS = Metric(
     "vllm_power_refusals_total",
     "counter",
-    "Steps that the backend refused while serving, which end the engine. What is refused at start is in the log.",
+    "Steps that the backend refused while serving; a refusal ends the engine. Refusals at startup are only in the log.",
     ("reason",),
 )
 

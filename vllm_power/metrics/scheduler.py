@@ -1,10 +1,10 @@
-"""Counts an engine's steps, in its scheduler: tokens, blocks read and skipped, layers run, blocks held and given back.
+"""Counts an engine's steps in its scheduler: tokens, blocks read and skipped, layers run, blocks held and reclaimed.
 
-A step's new tokens of one request that lie in one query block read that block's visible key blocks: one segment of the
-plan. So a prompt counts as many pairs as its chunks make segments, and a decoding sequence one block's readings a step.
-The lengths are the scheduler's: exact, save that with asynchronous scheduling and speculative decoding they are those
-before rejected drafts are taken back. The figures are written once no sequence runs any more, and before that every
-tenth of a second.
+In each step, the new tokens of a request that lie in one query block read the visible key blocks of that block: one
+segment of the plan. So a prompt counts a query block once per chunk that touches it, and a decoding sequence counts one
+query block per step. The lengths come from the scheduler and are exact, with one exception: with asynchronous
+scheduling and speculative decoding they still include drafts that are rejected later. While sequences run, the metrics
+are written every tenth of a second; when no sequence runs any more, they are written at once.
 """
 
 import time
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.power")
 
-# How old the figures may get while sequences run: steps of a few milliseconds need not write each time.
+# The maximum age of the metrics while sequences run: steps of a few milliseconds need not write every time.
 SECONDS = 0.1
 
 
 class CountedScheduler:
-    """Stands before the class of vLLM's scheduler in use (``compat.extend_scheduler``)."""
+    """A base in front of vLLM's scheduler class, whichever is in use (``compat.extend_scheduler``)."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -38,8 +38,11 @@ class CountedScheduler:
         try:
             self.power_steps = StepCounter(self.vllm_config, self)  # type: ignore[attr-defined]
         except Exception as error:
-            logger.warning("PowerAttention: there are no metrics of it, its engine can not count: %r", error)
-        # A stage of a pipeline may have no layer for the pattern; here all stages are known.
+            logger.warning(
+                "PowerAttention: no metrics are available, because the engine cannot count its steps: %r",
+                error,
+            )
+        # A single pipeline stage may have no layer that runs the pattern; here all stages are known.
         if self.power_steps is not None and self.power_steps.layers is not None:
             numbers = {kind: len(indices) for kind, indices in self.power_steps.layers.items()}
             refusals.check_any_layer(numbers[SPARSE], sum(numbers.values()))
@@ -54,7 +57,7 @@ class CountedScheduler:
 
 
 class StepCounter:
-    """The figures of one engine. Raises OSError where they can not be written."""
+    """The metrics of one engine. Raises OSError if they cannot be written."""
 
     def __init__(self, vllm_config: "VllmConfig", scheduler: Any) -> None:
         self.scheduler, self.pool = scheduler, scheduler.kv_cache_manager.block_pool
@@ -65,13 +68,13 @@ class StepCounter:
         self.shift = pattern.block_size.bit_length() - 1
         self.rule = asked.rows
         self.dense_rows = 0
-        # Optimistic lengths may run past the last block.
+        # Optimistic lengths can exceed the last block.
         self.visible = pattern.visible_counts(pattern.num_blocks(max_model_len) + 2)
         self.visible_before = [0, *accumulate(self.visible)]
 
-        self.counting = self._value(definitions.COUNTING)  # 0 until all is there
+        self.counting = self._value(definitions.COUNTING)  # 0 until everything is set up
         self.steps = self.tokens = self.read = self.skipped = 0
-        self.due = 0.0  # when the figures are to be written again
+        self.due = 0.0  # when to write the metrics again
         self.values = {
             figure: self._value(figure)
             for figure in (
@@ -96,14 +99,14 @@ class StepCounter:
         ]
         self._value(definitions.RECLAMATION_ENABLED).set(bool(self.managers))
         self.executions: list[tuple[writer.Value, int]] = []
-        self.layers: dict[str, list[int]] | None = None  # of all stages, where they are known
+        self.layers: dict[str, list[int]] | None = None  # of all stages, if they are known
         self._introduce(vllm_config, asked)
         self.counting.set(1)
 
     def prompts(self, step: "SchedulerOutput") -> dict[str, int]:
-        """The prompt length of each request of a step, before the scheduler forgets those that end with it.
+        """The prompt length of each request in a step, read before the scheduler drops the requests that end with it.
 
-        Empty if no row sees everything: then the lengths do not matter.
+        Empty if no row sees everything, because the lengths do not matter then.
         """
         if not self.rule.has_dense_rows:
             return {}
@@ -111,14 +114,14 @@ class StepCounter:
         return {name: known[name].num_prompt_tokens for name in step.num_scheduled_tokens if name in known}
 
     def count(self, step: "SchedulerOutput", prompts: dict[str, int]) -> None:
-        """Count a step that was run. Raises nothing: after an error serving goes on, and the figure COUNTING is 0."""
+        """Count a step that has run. Raises nothing: after an error, serving continues and the metric COUNTING is 0."""
         if not self.counting.number:
             return
         try:
             self._count(step, prompts)
         except Exception:
             self.counting.set(0)
-            logger.exception("PowerAttention: its engine stops counting; serving goes on")
+            logger.exception("PowerAttention: the engine stops counting; serving continues")
 
     def _count(self, step: "SchedulerOutput", prompts: dict[str, int]) -> None:
         if step.total_num_scheduled_tokens:
@@ -137,7 +140,7 @@ class StepCounter:
             self._write(running)
 
     def _write(self, running: int) -> None:
-        """Show what was counted so far, and the state after this step."""
+        """Publish the counts so far, and the state after this step."""
         shown = {
             definitions.TOKENS: self.tokens,
             definitions.DENSE_ROWS: self.dense_rows,
@@ -153,14 +156,14 @@ class StepCounter:
             executions.set(self.steps * layers)
 
     def _blocks(self, step: "SchedulerOutput") -> tuple[int, int]:
-        """How many key blocks the step's query blocks read, and how many there were up to them."""
+        """How many key blocks the step's query blocks read, and how many there are up to and including them."""
         cached, shift = step.scheduled_cached_reqs, self.shift
         decodes_only = len(cached.req_ids) == step.total_num_scheduled_tokens
         computed_of: dict[str, int] = {}
         if not decodes_only:
             computed_of = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
             computed_of.update((new.req_id, new.num_computed_tokens) for new in step.scheduled_new_reqs)
-        # The block of each request's first new token, which for most is the only one.
+        # The block of each request's first new token. Most requests have no other.
         blocks = [
             computed >> shift
             for computed in (cached.num_computed_tokens if decodes_only else computed_of.values())
@@ -168,7 +171,7 @@ class StepCounter:
         read, causal = sum(map(self.visible.__getitem__, blocks)), sum(blocks) + len(blocks)
         if decodes_only:
             return read, causal
-        # And the blocks after it, up to the last new token's.
+        # The blocks after it, up to the block of the last new token.
         for request, new in step.num_scheduled_tokens.items():
             if new > 1:
                 computed = computed_of[request]
@@ -178,7 +181,7 @@ class StepCounter:
         return read, causal
 
     def _dense_rows(self, step: "SchedulerOutput", prompts: dict[str, int]) -> tuple[int, int]:
-        """The step's rows that see everything, and the blocks that they read beyond the pattern's.
+        """How many rows in the step see everything, and how many blocks they read in addition to the pattern's.
 
         A query block with such a row reads every block up to itself.
         """
@@ -198,7 +201,7 @@ class StepCounter:
         return dense_rows, unread
 
     def _introduce(self, vllm_config: "VllmConfig", asked: options.PowerOptions) -> None:
-        """Say what runs, by what the workers found in the model that they built (``stage``)."""
+        """Publish what runs, from what the workers found in the model that they built (``stages``)."""
         found = stages.whole(self.engine, vllm_config.parallel_config.pipeline_parallel_size)
         self.layers = found["layers"]
         for kind, indices in (found["layers"] or {}).items():
@@ -216,7 +219,7 @@ class StepCounter:
         found["max_model_len"] = vllm_config.model_config.max_model_len
         if self.managers:
             found["reclamation"] = "on"
-        elif found["reclamation"] == "on":  # what the configuration allows; the cache has the last word
+        elif found["reclamation"] == "on":  # the configuration allows it, but the cache decides
             found["reclamation"] = "no layer has a KV cache of the kind that gives blocks back"
         shared_dir.post(f"engine-{self.engine}", found)
 

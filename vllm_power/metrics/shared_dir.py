@@ -1,6 +1,7 @@
-"""A folder that the processes of one server share: the engine's files of figures, and notes about what runs.
+"""A folder that the processes of one server share: the engine's metrics files, and notes about what runs.
 
-The first process makes it and names it in the environment, which the processes that vLLM starts inherit.
+The first process creates the folder and puts its name into the environment, which the processes that vLLM starts
+inherit.
 """
 
 import json
@@ -10,16 +11,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-# For the processes of a server among themselves, not for users.
+# Set by the server's first process for the others. Not for users.
 VARIABLE = "POWER_METRICS_DIR"
-# Set by vLLM where it has several API servers, before it starts them; or by a user.
+# Set by vLLM before it starts several API servers, or set by the user.
 PROMETHEUS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 
 _own: tempfile.TemporaryDirectory[str] | None = None
 
 
 def open_board() -> Path:
-    """The folder of this server; made where this process is the server's first. Raises OSError where it can't be."""
+    """The folder of this server. The server's first process creates it. Raises OSError if that fails."""
     global _own
     inherited = folder() if multiprocessing.parent_process() is not None else None
     if inherited is not None:
@@ -32,21 +33,21 @@ def open_board() -> Path:
 
 
 def folder() -> Path | None:
-    """The folder of this server, None where there is none (another host than the first process's, for one)."""
+    """The folder of this server; None if there is none, for example on a host without the first process."""
     path = os.environ.get(VARIABLE)
     return Path(path) if path and Path(path).is_dir() else None
 
 
 def metrics_folder() -> Path | None:
-    """Where the files of figures are: vLLM's folder for metrics where it has one, else ours."""
+    """The folder of the metrics files: vLLM's metrics folder if there is one, otherwise ours."""
     shared = os.environ.get(PROMETHEUS_VARIABLE)
     return Path(shared) if shared else folder()
 
 
 def forget_dead_processes() -> None:
-    """Remove our files of processes that are gone from a user's own folder for metrics.
+    """Remove the files of our processes that no longer exist from a metrics folder that the user set.
 
-    A server that was killed leaves its files there, and what ran then would show next to what runs now.
+    A killed server leaves its files there. Its metrics would appear next to those of the running server.
     """
     shared = os.environ.get(PROMETHEUS_VARIABLE)
     for file in Path(shared).glob("*_power-*.db") if shared else ():
@@ -56,7 +57,7 @@ def forget_dead_processes() -> None:
 
 
 def post(name: str, note: dict[str, Any]) -> None:
-    """Leave a note for the server's other processes; without a board, nowhere. Raises OSError."""
+    """Leave a note for the server's other processes; does nothing without a folder. Raises OSError if writing fails."""
     board = folder()
     if board is not None:
         draft = board / f"{name}.{os.getpid()}"
@@ -65,7 +66,7 @@ def post(name: str, note: dict[str, Any]) -> None:
 
 
 def notes(prefix: str) -> dict[str, dict[str, Any]]:
-    """The notes whose name begins with ``prefix``, by name."""
+    """The notes whose names begin with ``prefix``, by name."""
     board = folder()
     files = sorted(board.glob(f"{prefix}*.json")) if board is not None else []
     return {file.stem: json.loads(file.read_text()) for file in files}

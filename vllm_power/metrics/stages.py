@@ -1,6 +1,7 @@
-"""What a worker finds in the model that it built, told to the engine: which layers run the pattern, on what kernels.
+"""What a worker finds in the model that it built, for the engine: which layers run the pattern, and on which kernels.
 
-A worker builds one stage of the model (all of it without pipeline parallelism), and its tensor-parallel peers the same.
+A worker builds one stage of the model (all of it without pipeline parallelism). Its tensor-parallel peers build the
+same stage.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -15,9 +16,9 @@ UNKNOWN = "unknown"
 
 
 def post(vllm_config: "VllmConfig", executor: str | None, reclamation: str) -> None:
-    """Leave a note of this worker's stage; where that fails, the log says so.
+    """Leave a note about this worker's stage. A failure is logged.
 
-    executor: what runs the plan; None in a stage without a layer for it. reclamation: "on", or why it is off.
+    executor: what runs the plan; None if no layer of the stage runs the pattern. reclamation: "on", or why it is off.
     """
     from vllm.distributed.parallel_state import get_pp_group, get_tensor_model_parallel_rank
     from vllm.logger import init_logger
@@ -38,11 +39,11 @@ def post(vllm_config: "VllmConfig", executor: str | None, reclamation: str) -> N
         shared_dir.post(f"stage-{engine}-{number}", note)
     except OSError as error:
         log = init_logger("vllm.power")
-        log.warning("PowerAttention: /metrics will not know which layers run it: %r", error)
+        log.warning("PowerAttention: /metrics will not show which layers run the pattern: %r", error)
 
 
 def whole(engine: str, num_stages: int) -> dict[str, Any]:
-    """The notes of all stages as one. Where some are missing, as of workers on another host, layers are None."""
+    """The notes of all stages, merged. If some are missing, for example from another host, ``layers`` is None."""
     stages = list(shared_dir.notes(f"stage-{engine}-").values())
     if len(stages) != num_stages:
         return {"layers": None, "executor": UNKNOWN, "page_size": None, "reclamation": UNKNOWN}

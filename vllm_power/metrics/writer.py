@@ -1,4 +1,4 @@
-"""Writes figures into this process's files, in prometheus_client's format for several processes.
+"""Writes metrics into this process's files, in prometheus_client's multiprocess format.
 
 A value is a place in a memory-mapped file: setting it takes about a microsecond and no system call.
 """
@@ -19,20 +19,20 @@ from vllm_power.metrics.definitions import REFUSALS, Metric
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-# A file's name tells readers the kind: of gauges from several processes the most recent one counts.
+# A file's name tells readers the kind of its metrics. For a gauge, the most recent value of all processes counts.
 PREFIXES = {"counter": "counter", "gauge": "gauge_mostrecent"}
 
 
 class AllocatedFile(MmapedDict):
-    """A file whose blocks are all allocated: a write into a hole of a mapped file on a full disk is a SIGBUS.
+    """A file with all blocks allocated: on a full disk, a write into a hole of a mapped file would raise SIGBUS.
 
-    Raises OSError if there is no space, now or when the file grows.
+    Raises OSError if there is no space, both on creation and when the file grows.
     """
 
     SIZE = 1 << 16
 
     def __init__(self, path: Path) -> None:
-        path.unlink(missing_ok=True)  # of an earlier process with the id of this one
+        path.unlink(missing_ok=True)  # left by an earlier process with the same id
         try:
             with path.open("wb") as file:
                 os.posix_fallocate(file.fileno(), 0, self.SIZE)
@@ -51,7 +51,7 @@ class AllocatedFile(MmapedDict):
 
 
 class Value:
-    """A figure with its labels, as this process has it: counters of several processes are added up."""
+    """This process's value of a metric with its labels. Counters of several processes are added up."""
 
     __slots__ = ("_file", "_key", "number")
 
@@ -74,7 +74,7 @@ class Value:
 
 
 def common_labels(vllm_config: "VllmConfig") -> dict[str, str]:
-    """The labels of all figures of the engine with this configuration."""
+    """The common labels of all metrics of the engine with this configuration."""
     return {
         "model_name": str(vllm_config.model_config.served_model_name),
         "engine": str(vllm_config.parallel_config.data_parallel_index),
@@ -82,28 +82,28 @@ def common_labels(vllm_config: "VllmConfig") -> dict[str, str]:
 
 
 def value(figure: Metric, labels: Mapping[str, str]) -> Value:
-    """The place for ``figure``, at 0 when it is new. Raises OSError without a folder to write to.
+    """The value of the metric ``figure``, initially 0. Raises OSError if there is no folder to write to.
 
-    labels: the common ones and the figure's.
+    labels: the common labels and those of the metric.
     """
     name = figure.name.removesuffix("_total") if figure.kind == "counter" else figure.name
     key = mmap_key(name, figure.name, list(labels), list(labels.values()), figure.help)
     return _value(figure.kind, key, os.getpid())
 
 
-# The common labels of the engine that this process works for, where it has told of its stage.
+# The common labels of the engine that this process works for; set when the process reports its stage.
 _engine: dict[str, str] | None = None
 
 
 def work_for(vllm_config: "VllmConfig") -> None:
-    """Say to which engine this process belongs."""
+    """Set the engine that this process belongs to."""
     global _engine
     _engine = common_labels(vllm_config)
 
 
 @contextmanager
 def counted(reason: str) -> Iterator[None]:
-    """Count a refusal, an error that leaves this block. An error in counting matters less and is dropped."""
+    """Count any exception that leaves the block as a refusal. An error while counting is ignored."""
     try:
         yield
     except Exception:
@@ -123,6 +123,6 @@ def _file(kind: str, pid: int) -> MmapedDict:
     place = shared_dir.metrics_folder()
     if place is None:
         raise FileNotFoundError(
-            f"{shared_dir.VARIABLE} names no folder: there is nowhere to write figures to"
+            f"{shared_dir.VARIABLE} names no folder: there is nowhere to write metrics to"
         )
     return AllocatedFile(place / f"{PREFIXES[kind]}_power-{pid}.db")

@@ -48,7 +48,7 @@ class Engine:
         try:
             metrics = {metric.name: metric for metric in collector.metrics()}
         except OSError as error:
-            raise Unavailable(f"the engine's figures can not be read: {error}") from None
+            raise Unavailable(f"the engine's metrics cannot be read: {error}") from None
         counting = metrics.get(definitions.COUNTING.name)
         if counting is None or not counting.samples:
             raise Unavailable(NO_ENGINE_HEARD)
@@ -70,7 +70,7 @@ class Engine:
         }
 
 
-NO_ENGINE_HEARD = "no engine shares its figures with this process: it is on another host, or its log says why"
+NO_ENGINE_HEARD = "no engine shares its metrics with this process: it is on another host, or its log says why"
 
 
 def _samples(metrics: dict[str, Metric], defined: definitions.Metric) -> list[Any]:
