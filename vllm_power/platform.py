@@ -144,9 +144,15 @@ def _report(vllm_config: "VllmConfig") -> None:
     asked, max_len = options.of_config(vllm_config), vllm_config.model_config.max_model_len
     pattern = asked.effective_pattern
     others = sorted({*layers[DENSE], *layers[SLIDING_WINDOW]})
+    dense = len(layers[DENSE]) / max(1, len(layers[DENSE]) + len(sparse))
+    prefill, decode = (
+        100 * (dense + (1 - dense) * share)
+        for share in (_prefill_share(asked, max_len), _decode_share(asked, max_len))
+    )
     logger.info_once(
         "PowerAttention: %s; reads %.1f%% of the block pairs at max_model_len %d; executor %s; "
-        "%d of %d attention layers%s%s; KV reclamation %s",
+        "%d of %d attention layers%s%s; KV reclamation %s; mode %s (%s): %s; attention work at max_model_len, as a share "
+        "of dense: prefill %.0f%%, decode %.0f%%%s",
         str(pattern),
         100 * pattern.density(max_len),
         max_len,
@@ -156,22 +162,11 @@ def _report(vllm_config: "VllmConfig") -> None:
         f" (not {', '.join(map(str, others))})" if others else "",
         f" and {drafting} that draft" if drafting else "",
         f"off: {reason}" if reason else "on",
-        scope="global",
-    )
-    dense = len(layers[DENSE]) / max(1, len(layers[DENSE]) + len(sparse))
-    prefill, decode = (
-        100 * (dense + (1 - dense) * share)
-        for share in (_prefill_share(asked, max_len), _decode_share(asked, max_len))
-    )
-    logger.info_once(
-        "PowerAttention: mode %s (%s): %s; attention work at max_model_len, as a share of dense: prefill %.0f%%, "
-        "decode %.0f%%; KV memory as %s%s",
         asked.mode,
         options.why_mode(vllm_config),
         _row_rule(asked),
         prefill,
         decode,
-        "dense" if reason else "later tokens need it",
         "" if asked.mode == "trained" else ADVICE,
         scope="global",
     )
