@@ -151,8 +151,8 @@ def _report(vllm_config: "VllmConfig") -> None:
     )
     logger.info_once(
         "PowerAttention: %s; reads %.1f%% of the block pairs at max_model_len %d; executor %s; "
-        "%d of %d attention layers%s%s; KV reclamation %s; mode %s (%s): %s; attention work at max_model_len, as a share "
-        "of dense: prefill %.0f%%, decode %.0f%%%s",
+        "%d of %d attention layers%s%s; KV reclamation %s; mode %s (%s): %s; attention work at max_model_len, as a "
+        "share of dense: prefill %.0f%%, decode %.0f%%%s",
         str(pattern),
         100 * pattern.density(max_len),
         max_len,
