@@ -1,4 +1,4 @@
-// What a person who checks accessibility would look at, as functions for tests/server/test_page_access.py.
+// What a person who checks accessibility would look at, as functions for tests/web/test_page_access.py.
 
 /** Text whose contrast with what is behind it is below WCAG's AA: {element: contrast}. */
 function lowContrast() {

@@ -25,14 +25,12 @@ def test_rules_are_well_formed():
 
 
 def test_rules_do_what_they_say():
-    promtool("test", "rules", ROOT / "tests" / "server" / "rules.yml")
+    promtool("test", "rules", ROOT / "tests" / "web" / "rules.yml")
 
 
 def test_every_alert_is_tested():
     alerts = set(re.findall(r"- alert: (\w+)", "".join(file.read_text() for file in RULES)))
-    assert alerts == set(
-        re.findall(r'alertname="(\w+)"', (ROOT / "tests" / "server" / "rules.yml").read_text())
-    )
+    assert alerts == set(re.findall(r'alertname="(\w+)"', (ROOT / "tests" / "web" / "rules.yml").read_text()))
 
 
 @pytest.mark.parametrize("file", DASHBOARDS, ids=lambda file: file.stem)

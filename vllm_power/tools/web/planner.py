@@ -50,10 +50,15 @@ def get_planner(request: Request) -> dict[str, Any]:
 
 @router.post("/v1/power/shape", openapi_extra=CONFIG_BODY)
 async def post_shape(request: Request) -> dict[str, Any]:
-    """The shape of a model by the text of its config.json; 400 if it cannot be planned, with the reason."""
+    """The shape of a model by the text of its config.json; 422 if it is no JSON, 400 if it cannot be planned."""
     text = await read_body(request)
     try:
         config = json.loads(text)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise HTTPException(422, str(error)[:MOST_CHARACTERS]) from None
+    except (ValueError, RecursionError) as error:  # a number with too many digits, or too deep
+        raise HTTPException(400, str(error)[:MOST_CHARACTERS]) from None
+    try:
         if not isinstance(config, dict):
             raise ValueError("config.json has no object")
         return shapes.of_config(config).model_dump()
