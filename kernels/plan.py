@@ -125,7 +125,7 @@ def build_plan(
     pages_per_block = block_size // page_size
     columns = (visible.blocks[block] * pages_per_block).unsqueeze(-1)
     columns = (columns + torch.arange(pages_per_block, device=block.device)).flatten(1)
-    if is_dense.any():
+    if rule.has_dense_rows and is_dense.any():
         every = torch.arange(-(-int(key_lens.max()) // page_size), device=block.device)
         columns = torch.nn.functional.pad(columns, (0, max(0, every.shape[0] - columns.shape[1])))
         columns[:, : every.shape[0]] = torch.where(is_dense[:, None], every, columns[:, : every.shape[0]])

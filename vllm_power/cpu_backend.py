@@ -87,9 +87,10 @@ class PowerCpuMetadataBuilder(CPUAttentionMetadataBuilder):
         # If no request is longer than the blocks that see everything, the plan would equal the step itself.
         if step.max_seq_len > self.visible.pattern.dense_tokens:
             starts, lengths, table = step.query_start_loc, step.seq_lens, step.block_table_tensor
-            prompts = torch.from_numpy(prompt_lengths.of_step(step, slice(0, step.num_reqs))).to(
-                lengths.dtype
-            )
+            prompts = None
+            if self.rows.has_dense_rows:
+                told = prompt_lengths.of_step(step, slice(0, step.num_reqs))
+                prompts = torch.from_numpy(told).to(lengths.dtype)
             plan = build_plan(
                 starts, lengths, table, self.visible, self.block_size, True, self.rows, prompt_lens=prompts
             )

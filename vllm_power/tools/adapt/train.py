@@ -87,7 +87,7 @@ def train(
         if trainer.is_world_process_zero():
             report.write_losses(trainer.state.log_history, settings, Path(arguments.output_dir).parent)
     if stop.stopped:
-        raise Stopped(f"stopped at step {trainer.state.global_step}: the same command goes on from there")
+        raise Stopped(f"stopped at step {trainer.state.global_step}: the same command continues from there")
     return trainer
 
 
@@ -142,7 +142,7 @@ def sharded() -> bool:
 
 
 def arguments_of(settings: Settings, folder: Path, processes: int, save_every: int) -> TrainingArguments:
-    """Trainer's arguments. Raises ValueError where the processes can not share a step, or lack bfloat16."""
+    """Trainer's arguments. Raises ValueError where the processes cannot share a step, or lack bfloat16."""
     cuda = torch.cuda.is_available()
     if settings.precision == "bf16" and cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise ValueError(
@@ -151,7 +151,7 @@ def arguments_of(settings: Settings, folder: Path, processes: int, save_every: i
         )
     if settings.rows_in_step % processes:
         raise ValueError(
-            f"{settings.rows_in_step} sequences of {settings.row:,} tokens a step can not be shared evenly by "
+            f"{settings.rows_in_step} sequences of {settings.row:,} tokens a step cannot be shared evenly by "
             f"{processes} processes: give --batch-tokens as a multiple of {processes * settings.row:,}"
         )
     return TrainingArguments(
