@@ -11,8 +11,9 @@ from datasets import Dataset
 from support.english_tokenizer import make_tokenizer
 
 from vllm_power.tools.adapt.data import Line, Rows
-from vllm_power.tools.adapt.recall import ASKED, KINDS, Hider
+from vllm_power.tools.adapt.recall import ANSWER_WEIGHT, ASKED, KINDS, Hider
 from vllm_power.tools.adapt.settings import Settings, Stage
+from vllm_power.tools.common import recall
 from vllm_power.tools.evals import ruler_generators
 
 LENGTH = 800
@@ -52,8 +53,28 @@ def test_a_passage_is_asked_for(tokenizer: Any) -> None:
     assert np.array_equal(made.tokens[places[0] - len(answer) : places[0]], named)
 
 
+def test_every_fact_is_asked_for(tokenizer: Any) -> None:
+    """Each answer stands in a fact before its question, and some questions stand inside the text."""
+    text = np.arange(3 * LENGTH) % 300 + 4
+    hider, inside = Hider(tokenizer), 0
+    for seed in range(40):
+        made = hider.spread(text, np.random.default_rng(seed))
+        assert made is not None and len(made.tokens) == len(text) and made.tokens[0] == text[0]
+        assert made.prompt == 0 and made.asked.any() and not (made.asked & made.told).any()
+        kept = made.tokens[~made.told & ~made.asked]
+        assert np.array_equal(kept, text[: len(kept)])
+        edges = np.flatnonzero(np.diff(made.asked.astype(int), prepend=0, append=0))
+        answers = list(zip(edges[::2], edges[1::2], strict=True))
+        for begin, end in answers:
+            before = tokenizer.decode(made.tokens[:begin][made.told[:begin]])
+            assert tokenizer.decode(made.tokens[begin:end]).strip() in before
+        inside += sum(not (made.told | made.asked)[end:].all() for _, end in answers)
+    assert inside > 40
+
+
 def test_what_is_too_short_hides_nothing(tokenizer: Any) -> None:
-    assert Hider(tokenizer).hide(np.arange(10), np.random.default_rng(0)) is None
+    for hide in (Hider(tokenizer).hide, Hider(tokenizer).spread):
+        assert hide(np.arange(10), np.random.default_rng(0)) is None
 
 
 def test_rows_carry_labels_and_prompts(tokenizer: Any) -> None:
@@ -71,6 +92,24 @@ def test_rows_carry_labels_and_prompts(tokenizer: Any) -> None:
             labels = row["labels"][start : start + length]
             assert (labels[prompt:] == row["input_ids"][start + prompt : start + length]).all()
             assert labels[prompt - 1] == -100
+            weights = row["label_weights"][start : start + length]
+            assert (weights[:prompt] == 1).all() and (weights[prompt:] == ANSWER_WEIGHT).all()
+
+
+def test_rows_that_ask_anywhere(tokenizer: Any) -> None:
+    """No prompts, since no row sees everything; the weights mark the answers."""
+    ids = [np.random.default_rng(number).integers(4, 300, 4 * LENGTH).tolist() for number in range(4)]
+    line = Line.of(Dataset.from_dict({"input_ids": ids, "length": [4 * LENGTH] * 4}), 0)
+    settings = Settings(
+        "", (), {}, (Stage(2 * LENGTH, 4, in_steps=True),), batch_tokens=2 * LENGTH, recall=1.0
+    )
+    rows = Rows(line, settings, None, Hider(tokenizer), ask_anywhere=True)
+    for index in range(len(rows)):
+        row = {name: values.numpy() for name, values in rows[index].items()}
+        assert not row["prompts"].any()
+        weighed = row["label_weights"] == ANSWER_WEIGHT
+        assert weighed.any() and (row["labels"][weighed] == row["input_ids"][weighed]).all()
+        assert (row["labels"] == -100).sum() > weighed.sum() / 2
 
 
 def words_of(text: str) -> set[str]:
@@ -81,9 +120,11 @@ def words_of(text: str) -> set[str]:
 
 
 def test_evaluations_ask_in_other_words() -> None:
-    """No three words in a row of what is trained are in the evaluation's questions or in RULER's generators."""
+    """No three words in a row of what is trained are in the evaluation's questions, in recall's tasks, or in RULER's."""
     trained = set().union(*(words_of(text) for kind in KINDS for text in kind[2:]))
     asked = set().union(*(words_of(text) for kind in ASKED for text in kind[2:]))
-    ruler = words_of(Path(ruler_generators.__file__).read_text())
-    assert trained and not trained & (asked | ruler)
+    tasks = words_of(Path(recall.__file__).read_text()) | words_of(
+        Path(ruler_generators.__file__).read_text()
+    )
+    assert trained and not trained & (asked | tasks)
     assert not any(ours.names == theirs.names for ours, theirs in product(KINDS, ASKED))

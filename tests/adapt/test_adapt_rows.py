@@ -138,6 +138,27 @@ def test_the_loss_in_chunks(count: torch.Tensor | None, monkeypatch: pytest.Monk
     torch.testing.assert_close(found[0], found[1])
 
 
+def test_weights_of_labels() -> None:
+    """Both losses count each label by its weight, in value and gradient."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (
+        torch.randn(size, generator=generator).requires_grad_() for size in ((2, 13, 6), (9, 6))
+    )
+    labels = torch.randint(0, 9, (2, 13), generator=generator)
+    labels[0, 3] = labels[1, 0] = -100
+    weights = torch.rand(2, 13, generator=generator)
+    following, counts = F.pad(labels, (0, 1), value=-100)[:, 1:], F.pad(weights, (0, 1))[:, 1:]
+    each = F.cross_entropy((hidden @ weight.T).flatten(0, 1), following.flatten(), reduction="none")
+    losses = [
+        (each * counts.flatten()).sum(),
+        linear_loss.linear_loss(hidden, weight, labels, weights=weights),
+        loss.chunked_loss(hidden @ weight.T, labels, 9, 1, label_weights=weights),
+    ]
+    right, *ours = [(value, *torch.autograd.grad(value, (hidden, weight))) for value in losses]
+    for found in ours:
+        torch.testing.assert_close(found, right)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.3], ids=["plain", "distilled"])
 def test_the_loss_without_logits(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """As from the logits: cross entropy, and the divergence from a teacher, and their gradients."""

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import Dataset
 
 from vllm_power.tools.adapt.files import load
-from vllm_power.tools.adapt.recall import Hider, Sequence
+from vllm_power.tools.adapt.recall import ANSWER_WEIGHT, Hider, Sequence
 from vllm_power.tools.adapt.settings import Settings
 
 NOT_ASKED = -100  # transformers' label of a token that is not predicted
@@ -140,8 +140,17 @@ class Rows(Dataset[dict[str, torch.Tensor]]):
     counting. Where the data end they begin again in another order.
     """
 
-    def __init__(self, line: Line, settings: Settings, begin: int | None, hider: Hider | None = None) -> None:
+    def __init__(
+        self,
+        line: Line,
+        settings: Settings,
+        begin: int | None,
+        hider: Hider | None = None,
+        ask_anywhere: bool = False,
+    ) -> None:
+        """ask_anywhere: whether a sequence asks for all of its facts, which needs options without dense rows."""
         self.settings = settings
+        self.ask_anywhere = ask_anywhere
         self.hider = hider
         self.begin = begin
         self.rows_in_pass = line.tokens // settings.row
@@ -161,9 +170,10 @@ class Rows(Dataset[dict[str, torch.Tensor]]):
         return len(self) / self.rows_in_pass
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """input_ids, position_ids and labels, int64 [row]; with a hider also prompts.
+        """input_ids, position_ids and labels, int64 [row]; with a hider also prompts and label_weights.
 
         prompts: at the first token of a sequence that ends with an answer the tokens before it, elsewhere 0.
+        label_weights: float32 [row], of each label in the loss.
         """
         settings = self.settings
         number, place = divmod(index, self.rows_in_pass)
@@ -182,9 +192,11 @@ class Rows(Dataset[dict[str, torch.Tensor]]):
         named = {"input_ids": tokens, "position_ids": positions, "labels": labels}
         if self.hider is not None:
             named["prompts"] = np.zeros_like(tokens)
+            named["label_weights"] = np.ones(len(tokens), dtype=np.float32)
             for (begin, end), made in hidden.items():
                 labels[begin:end][made.told] = NOT_ASKED
                 named["prompts"][begin] = made.prompt
+                named["label_weights"][begin:end][made.asked] = ANSWER_WEIGHT
         return {name: torch.from_numpy(values) for name, values in named.items()}
 
     def _hide(self, tokens: np.ndarray, starts: np.ndarray, index: int) -> dict[tuple[int, int], Sequence]:
@@ -194,7 +206,8 @@ class Rows(Dataset[dict[str, torch.Tensor]]):
         draw = np.random.default_rng((self.settings.seed, index))
         for begin, end in zip(starts, [*starts[1:], len(tokens)], strict=True):
             if draw.random() < self.settings.recall:
-                made = self.hider.hide(tokens[begin:end].copy(), draw)
+                hide = self.hider.spread if self.ask_anywhere else self.hider.hide
+                made = hide(tokens[begin:end].copy(), draw)
                 if made is not None:
                     tokens[begin:end] = made.tokens
                     found[int(begin), int(end)] = made

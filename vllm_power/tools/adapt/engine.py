@@ -138,9 +138,10 @@ def speed_up(
         if given or not model.training or named.get("labels") is None:
             return forward(*given, **named)
         labels, count = named.pop("labels"), named.pop("num_items_in_batch", None)
+        weights = named.pop("label_weights", None)
         hidden = hidden_states(model, **named)
         aim = teacher(**named) if teacher is not None else None
-        loss = linear_loss(hidden, model.get_output_embeddings().weight, labels, aim, share)
+        loss = linear_loss(hidden, model.get_output_embeddings().weight, labels, aim, share, weights)
         return CausalLMOutputWithPast(loss=loss / ((labels[:, 1:] >= 0).sum() if count is None else count))
 
     model.forward = without_logits

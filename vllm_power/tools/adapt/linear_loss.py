@@ -20,26 +20,31 @@ def linear_loss(
     labels: torch.Tensor,
     teacher: tuple[torch.Tensor, torch.Tensor] | None = None,
     share: float = 0.0,
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The sum over all tokens that have a label, in nats, float32.
 
     hidden: [rows, length, width]; weight: [vocabulary, width], of the head; labels: int64 [rows, length], each a token
     itself: those of the following tokens are predicted. teacher: hidden states and weight of the model whose next-token
     distribution is learnt; ``share`` of the loss is then the divergence (KL) from it, the rest cross entropy.
+    weights: float32 [rows, length], by which the loss of predicting each token counts; None: 1.
 
     Products are in autocast's dtype, else in that of ``hidden``. Differentiable by hidden and weight.
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     following = F.pad(labels, (0, 1), value=IGNORED)[:, 1:].flatten()
+    counts = (following != IGNORED).float()
+    if weights is not None:
+        counts = counts * F.pad(weights, (0, 1))[:, 1:].flatten()
     with torch.autocast(device, enabled=False):
         states = hidden.flatten(0, 1).to(dtype)
         taught = None if teacher is None else tuple(part.detach().to(dtype) for part in teacher)
-        return _LinearLoss.apply(states, weight, following, taught, share)
+        return _LinearLoss.apply(states, weight, following, counts, taught, share)
 
 
 class _LinearLoss(torch.autograd.Function):
-    """hidden: [tokens, width]; labels: [tokens], IGNORED for tokens without one."""
+    """hidden: [tokens, width]; labels: [tokens], IGNORED for tokens without one, whose weights [tokens] are 0."""
 
     @staticmethod
     def forward(
@@ -47,6 +52,7 @@ class _LinearLoss(torch.autograd.Function):
         hidden: torch.Tensor,
         weight: torch.Tensor,
         labels: torch.Tensor,
+        weights: torch.Tensor,
         teacher: tuple[torch.Tensor, torch.Tensor] | None,
         share: float,
     ) -> torch.Tensor:
@@ -62,7 +68,7 @@ class _LinearLoss(torch.autograd.Function):
             aim = None
             if teacher is not None:
                 aim = teacher[0].flatten(0, -2)[begin : begin + size] @ teacher[1].T
-            loss, gradient = turn(logits, wanted, aim, share)
+            loss, gradient = turn(logits, wanted, weights[begin : begin + size], aim, share)
             total += loss
             if of_hidden is not None:
                 torch.mm(gradient, low, out=of_hidden[begin : begin + size])
@@ -81,20 +87,20 @@ class _LinearLoss(torch.autograd.Function):
             None,
             None,
             None,
+            None,
         )
 
 
 def turn_into_gradient(
-    logits: torch.Tensor, labels: torch.Tensor, aim: torch.Tensor | None, share: float
+    logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, aim: torch.Tensor | None, share: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss of some tokens, summed, and its gradient by the logits in their dtype.
 
-    logits and aim (the teacher's logits): [tokens, vocabulary]; labels: [tokens].
+    logits and aim (the teacher's logits): [tokens, vocabulary]; labels and weights: [tokens].
     """
     scores = logits.float()
     log_sum = scores.logsumexp(1)
-    real = labels != IGNORED
-    # A token without a label has a gradient of zeros, whatever index stands in here.
+    # A token without a label has the weight 0, whatever index stands in here.
     picked = scores.gather(1, labels.clamp(min=0)[:, None])[:, 0]
     loss = log_sum - picked
     probabilities = (scores - log_sum[:, None]).exp()
@@ -107,8 +113,8 @@ def turn_into_gradient(
         divergence = (taught * ((aims - aims.logsumexp(1)[:, None]) - (scores - log_sum[:, None]))).sum(1)
         loss = (1 - share) * loss + share * divergence
         target = (1 - share) * target + share * taught
-    gradient = (probabilities - target) * real[:, None]
-    return (loss * real).sum(), gradient.to(logits.dtype)
+    gradient = (probabilities - target) * weights[:, None]
+    return (loss * weights).sum(), gradient.to(logits.dtype)
 
 
 _compiled: list[Any] = []

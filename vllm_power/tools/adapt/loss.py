@@ -31,20 +31,28 @@ def chunked_loss(
     vocab_size: int,
     num_items_in_batch: torch.Tensor | int | None = None,
     ignore_index: int = -100,
+    label_weights: torch.Tensor | None = None,
     **others: Any,
 ) -> torch.Tensor:
     """What transformers' loss for causal models is: logits [rows, length, vocabulary], labels [rows, length].
 
-    num_items_in_batch: what to divide by; None: the tokens that have a label.
+    num_items_in_batch: what to divide by; None: the tokens that have a label. label_weights: float32 [rows, length], by
+    which the loss of predicting each token counts; None: 1.
     """
     following = F.pad(labels, (0, 1), value=ignore_index)[:, 1:]
+    weights = torch.ones_like(labels, dtype=torch.float32) if label_weights is None else label_weights
+    weights = F.pad(weights, (0, 1))[:, 1:]
     total = logits.new_zeros((), dtype=torch.float32)
-    for some, wanted in zip(logits.split(CHUNK, dim=1), following.split(CHUNK, dim=1), strict=True):
-        total = total + checkpoint(_summed, some, wanted, ignore_index, use_reentrant=False)
+    chunks = (part.split(CHUNK, dim=1) for part in (logits, following, weights))
+    for some, wanted, counts in zip(*chunks, strict=True):
+        total = total + checkpoint(_summed, some, wanted, counts, ignore_index, use_reentrant=False)
     count = (following != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
     return total / count
 
 
-def _summed(logits: torch.Tensor, wanted: torch.Tensor, ignore_index: int) -> torch.Tensor:
+def _summed(
+    logits: torch.Tensor, wanted: torch.Tensor, weights: torch.Tensor, ignore_index: int
+) -> torch.Tensor:
     flat = logits.flatten(0, 1).float()
-    return F.cross_entropy(flat, wanted.flatten(), ignore_index=ignore_index, reduction="sum")
+    losses = F.cross_entropy(flat, wanted.flatten(), ignore_index=ignore_index, reduction="none")
+    return losses @ weights.flatten()

@@ -2,7 +2,9 @@
 
 A sequence is rebuilt as text, with facts at random places, then a question and its answer. Facts and questions carry no
 label, since nothing could predict the facts: the text and the answer are learnt. Some sequences hide nothing and ask
-for a passage of the text itself.
+for a passage of the text itself. Under options without dense rows, every fact is asked for, anywhere after it
+(:meth:`Hider.spread`): where no row sees everything, a question needs no prompt that ends with it, and many questions
+per sequence teach more per token.
 
 What is trained here is kept apart from what is asked in evaluations: :data:`KINDS` is for training alone, the
 evaluation's :data:`ASKED` and RULER's tasks have other kinds and other words (a test compares them).
@@ -42,6 +44,31 @@ KINDS = (
     Kind("identifier", "hex", '\n    "{name}": "{value}",\n', '\nThe entry of "{name}" is "'),
     Kind("identifier", "digits", "\n{name} = {value}\n", "\n>>> print({name})\n"),
     Kind("identifier", "words", "\n[{name}] {value}\n", "\nThe line marked [{name}] reads: "),
+    Kind(
+        "identifier",
+        "digits",
+        " (see ticket {value} about {name})",
+        "\nWhich ticket is about {name}? Ticket ",
+    ),
+    Kind(
+        "colour-animal",
+        "digits",
+        " By the way, the {name} weighs {value} grams.",
+        "\nHow many grams does the {name} weigh? It weighs ",
+    ),
+    Kind(
+        "colour-animal",
+        "lower",
+        " Remember that the password of the {name} is {value}.",
+        "\nQuestion: give the password of the {name}.\nAnswer: ",
+    ),
+    Kind(
+        "colour-animal",
+        "digits",
+        " In the race the {name} had the start number {value}.",
+        "\nWhich start number had the {name} in the race? The start number of the {name} was ",
+    ),
+    Kind("identifier", "hex", "\n{name} -> {value}\n", "\nFollow {name} -> "),
 )
 
 ASKED = (
@@ -78,6 +105,9 @@ LAST = _words("Abbott Brandt Castle Drummond Eriksen Falk Grant Holm Ivers Janse
 
 PASSAGE = 24  # tokens of a passage that is asked for, and as many before it that say which
 MOST_FACTS = 8
+MOST_SPREAD = 24  # facts of a sequence that asks for all of them
+
+ANSWER_WEIGHT = 8.0  # of an answer's token in the loss: answers are about 1% of the tokens
 
 
 def _drawn(kind: str, draw: Random) -> str:
@@ -88,8 +118,9 @@ def _drawn(kind: str, draw: Random) -> str:
         return "".join(alphabet[int(place)] for place in draw.integers(len(alphabet), size=count))
 
     made: dict[str, Callable[[], str]] = {
-        "digits": lambda: characters("0123456789", 6),
+        "digits": lambda: characters("0123456789", int(draw.integers(4, 9))),
         "hex": lambda: characters("0123456789abcdef", 8),
+        "lower": lambda: characters("abcdefghijkmnpqrstuvwxyz", 6),
         "words": lambda: " ".join(one(THINGS) for _ in range(3)),
         "letters": lambda: characters("ABCDEFGHJKLMNPRSTUVWXYZ", 5),
         "colour-animal": lambda: f"{one(COLOURS)} {one(ANIMALS)}",
@@ -103,7 +134,7 @@ def _drawn(kind: str, draw: Random) -> str:
 class Sequence:
     """tokens: int64 [length]; asked: bool [length], the answer's; told: bool [length], facts and the question.
 
-    prompt: tokens before the answer.
+    prompt: tokens before the answer; 0 if questions stand anywhere.
     """
 
     tokens: np.ndarray
@@ -123,15 +154,13 @@ class Hider:
         """``text``: int64 [length], whose first token stays first. None if it is too short for a fact."""
         if passages and draw.random() < 1 / (1 + len(self.kinds)):
             return self._passage(text, draw)
-        names, values, fact, question = self.kinds[int(draw.integers(len(self.kinds)))]
+        kind = self.kinds[int(draw.integers(len(self.kinds)))]
         known = {
-            _drawn(names, draw): _drawn(values, draw) for _ in range(int(draw.integers(1, MOST_FACTS + 1)))
+            _drawn(kind.names, draw): _drawn(kind.values, draw)
+            for _ in range(int(draw.integers(1, MOST_FACTS + 1)))
         }
-        facts = [self.encode(fact.format(name=name, value=value)) for name, value in known.items()]
-        name, value = list(known.items())[int(draw.integers(len(known)))]
-        # Tokenizers join a space with the word after it, so it belongs to the answer.
-        words = question.format(name=name)
-        asked, answer = self.encode(words.rstrip(" ")), self.encode(" " * words.endswith(" ") + value + "\n")
+        facts = [self.encode(kind.fact.format(name=name, value=value)) for name, value in known.items()]
+        asked, answer = self._asked(kind, *list(known.items())[int(draw.integers(len(known)))])
         kept = len(text) - sum(map(len, facts)) - len(asked) - len(answer)
         if kept < 2 * len(facts):
             return None
@@ -141,6 +170,53 @@ class Hider:
             pieces += [np.asarray(tokens), text[begin:end]]
             told += [np.ones(len(tokens), bool), np.zeros(end - begin, bool)]
         return _ended(np.concatenate(pieces), np.concatenate(told), asked, answer)
+
+    def spread(self, text: np.ndarray, draw: Random) -> Sequence | None:
+        """Facts of all kinds, each asked for once: half of them at the end, the others anywhere after the fact.
+
+        ``text`` and the result as for :meth:`hide`.
+        """
+        known: dict[tuple[int, str], str] = {}
+        for _ in range(int(draw.integers(1, MOST_SPREAD + 1))):
+            number = int(draw.integers(len(self.kinds)))
+            known.setdefault(
+                (number, _drawn(self.kinds[number].names, draw)), _drawn(self.kinds[number].values, draw)
+            )
+        facts, questions = [], []
+        for (number, name), value in known.items():
+            facts.append(self.encode(self.kinds[number].fact.format(name=name, value=value)))
+            questions.append(self._asked(self.kinds[number], name, value))
+        kept = len(text) - sum(map(len, facts)) - sum(len(asked) + len(answer) for asked, answer in questions)
+        if kept < 2 * len(facts):
+            return None
+        told_at = draw.integers(1, kept, size=len(facts))
+        asked_at = np.where(draw.random(len(facts)) < 0.5, kept, draw.integers(told_at, kept + 1))
+        # (place in the text, facts before questions, tokens, those of the answer)
+        put = [(int(place), 0, tokens, []) for place, tokens in zip(told_at, facts, strict=True)]
+        put += [(int(place), 1, *pair) for place, pair in zip(asked_at, questions, strict=True)]
+        order = draw.permutation(len(put))
+        pieces, asked_pieces, told_pieces, done = [], [], [], 0
+        for place, _, tokens, answer in sorted(
+            (put[int(number)] for number in order), key=lambda one: one[:2]
+        ):
+            pieces += [text[done:place], np.asarray([*tokens, *answer])]
+            asked_pieces += [np.zeros(place - done + len(tokens), bool), np.ones(len(answer), bool)]
+            told_pieces += [
+                np.zeros(place - done, bool),
+                np.ones(len(tokens), bool),
+                np.zeros(len(answer), bool),
+            ]
+            done = place
+        pieces.append(text[done:kept])
+        rest = np.zeros(kept - done, bool)
+        whole = np.concatenate(pieces).astype(np.int64)
+        return Sequence(whole, np.concatenate([*asked_pieces, rest]), np.concatenate([*told_pieces, rest]), 0)
+
+    def _asked(self, kind: Kind, name: str, value: str) -> tuple[list[int], list[int]]:
+        """The tokens of the question, and of its answer."""
+        # Tokenizers join a space with the word after it, so it belongs to the answer.
+        words = kind.question.format(name=name)
+        return self.encode(words.rstrip(" ")), self.encode(" " * words.endswith(" ") + value + "\n")
 
     def _passage(self, text: np.ndarray, draw: Random) -> Sequence | None:
         question = self.encode("\nAs written above:\n")

@@ -37,7 +37,7 @@ def run(settings: Settings, output: Path, save_every: int = 100) -> None:
     arguments = arguments_of(settings, output / "checkpoints", state.num_processes, save_every)
     settings.check_folder(output)
     with state.main_process_first():
-        rows, windows = read(settings, tokenizer, output / "cache")
+        rows, windows = read(settings, tokenizer, output / "cache", not options.rows.has_dense_rows)
     dense_tokens = options.effective_pattern.dense_tokens
     hidden = rows.hidden_share(dense_tokens)
     console.print(
@@ -106,7 +106,9 @@ def check_model(settings: Settings, config: Any, options: PatternOptions) -> Non
         )
 
 
-def read(settings: Settings, tokenizer: Any, cache: Path) -> tuple[data.Rows, dict[int, torch.Tensor]]:
+def read(
+    settings: Settings, tokenizer: Any, cache: Path, ask_anywhere: bool = False
+) -> tuple[data.Rows, dict[int, torch.Tensor]]:
     """The rows of the training, and the windows of the evaluation by length.
 
     Held-out text that was not given is cut from the beginning of the documents in their random order.
@@ -119,7 +121,7 @@ def read(settings: Settings, tokenizer: Any, cache: Path) -> tuple[data.Rows, di
     else:
         held, line = line.split(settings.eval_tokens)
     begin = data.begin_token(tokenizer)
-    rows = data.Rows(line, settings, begin, Hider(tokenizer) if settings.recall else None)
+    rows = data.Rows(line, settings, begin, Hider(tokenizer) if settings.recall else None, ask_anywhere)
     lengths = sorted({stage.length for stage in settings.stages}) if settings.eval_tokens else []
     if lengths and held.tokens < lengths[-1]:
         raise ValueError(
