@@ -120,7 +120,7 @@ def words_of(text: str) -> set[str]:
 
 
 def test_evaluations_ask_in_other_words() -> None:
-    """No three words in a row of what is trained are in the evaluation's questions, in recall's tasks, or in RULER's."""
+    """No three words in a row of what is trained are in the evaluation's questions, in recall, or in RULER."""
     trained = set().union(*(words_of(text) for kind in KINDS for text in kind[2:]))
     asked = set().union(*(words_of(text) for kind in ASKED for text in kind[2:]))
     tasks = words_of(Path(recall.__file__).read_text()) | words_of(
