@@ -192,7 +192,9 @@ class Hider:
         told_at = draw.integers(1, kept, size=len(facts))
         asked_at = np.where(draw.random(len(facts)) < 0.5, kept, draw.integers(told_at, kept + 1))
         # (place in the text, facts before questions, tokens, those of the answer)
-        put = [(int(place), 0, tokens, []) for place, tokens in zip(told_at, facts, strict=True)]
+        put: list[tuple[int, int, list[int], list[int]]] = [
+            (int(place), 0, tokens, []) for place, tokens in zip(told_at, facts, strict=True)
+        ]
         put += [(int(place), 1, *pair) for place, pair in zip(asked_at, questions, strict=True)]
         order = draw.permutation(len(put))
         pieces, asked_pieces, told_pieces, done = [], [], [], 0
