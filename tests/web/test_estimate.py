@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from vllm_power.lifetimes import lifetimes
 from vllm_power.pattern import NAMES, POWER, Pattern, preset
+from vllm_power.tools.bench.report import timed
 from vllm_power.tools.common.results import last_run
 from vllm_power.tools.web import estimate as estimates
 from vllm_power.tools.web import gpus, shapes
@@ -225,7 +226,7 @@ def test_the_comparison_in_the_docs_is_this_one():
         line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| decode step |")
     ]
     assert len(lines) >= 9
-    recorded = {f"{row['median_ms']:.4g}" for row in last_run(rows("serve")) if "median_ms" in row}
+    recorded = {f"{row['median_ms']:.4g}" for row in last_run(timed(rows("serve")))}
     for name, batch, context, *cells in lines:
         what = {"time to first token": "ttft", "decode step": "decode_step"}[name]
         model = modelled(what, int(batch), int(context.replace(",", "")))

@@ -1,9 +1,12 @@
 """``vllm-power bench``: the options of every benchmark."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from vllm_power.tools.bench.load_client import Cell
 
 bench = typer.Typer(no_args_is_help=True)
 
@@ -23,6 +26,19 @@ def need_gpu(command: str) -> None:
         raise typer.Exit(1)
 
 
+def cells_of(text: str, output: int) -> list["Cell"]:
+    """The cells that ``text`` names, such as "32768x8,512x1". Exits with status 2 if it names none."""
+    from vllm_power.tools.bench.load_client import Cell
+
+    cells = []
+    for cell in text.split(","):
+        context, _, concurrency = cell.partition("x")
+        if not (context.isdecimal() and concurrency.isdecimal() and int(context) and int(concurrency)):
+            raise typer.BadParameter(f"{cell!r} is no cell; write prompt tokens x requests, such as 32768x8")
+        cells.append(Cell(int(context), int(concurrency), output))
+    return cells
+
+
 @bench.command("cpu")
 def cpu_command(
     seconds: Annotated[float, typer.Option(min=0.1, help="Measuring time per case.")] = 4.0,
@@ -37,9 +53,32 @@ def cpu_command(
 @bench.command("serve")
 def serve_command(
     repeats: Annotated[int, typer.Option(min=1, help="Prompts per length.")] = 5,
+    load: Annotated[
+        bool,
+        typer.Option("--load", help="Measure as `vllm bench serve` does; the next options belong to this."),
+    ] = False,
+    cells: Annotated[
+        str, typer.Option(help="Prompt tokens x requests at a time, separated by commas.")
+    ] = "32768x8,4096x32,512x8",
+    output: Annotated[int, typer.Option(min=2, help="Tokens per answer.")] = 128,
+    impl: Annotated[str, typer.Option(help="The implementation to compare with FlashAttention.")] = "power",
+    turns: Annotated[int, typer.Option(min=1, help="Runs per cell and server.")] = 2,
+    rounds: Annotated[int, typer.Option(min=1, help="Prompts per run: this many times the concurrency.")] = 3,
+    cache_gib: Annotated[
+        float | None,
+        typer.Option(min=0, help="GiB of each server's KV cache.", show_default="18, on a CPU 0.25"),
+    ] = None,
     folder: Annotated[Path, typer.Option(help="Append the rows to serve.jsonl in this folder.")] = RESULTS,
 ) -> None:
     """Compare the whole engine on a GPU with vLLM's FlashAttention backend."""
+    if load:
+        from vllm_power.tools.bench.engine import IMPLS
+        from vllm_power.tools.bench.load import main as main_load
+
+        if impl not in IMPLS:
+            raise typer.BadParameter(f"there is no implementation {impl!r}; there are {', '.join(IMPLS)}")
+        cache_bytes = None if cache_gib is None else int(cache_gib * (1 << 30))
+        raise typer.Exit(main_load(cells_of(cells, output), impl, turns, rounds, cache_bytes, folder))
     need_gpu("bench serve")
     from vllm_power.tools.bench.serve import main
 

@@ -13,12 +13,16 @@ PAGES = (Path("README.md"), Path("docs/benchmarks.md"))
 MARK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end -->)", re.S)
 
 
+def timed(measured: list[Row]) -> list[Row]:
+    """The rows of times. serve.jsonl also has rows of ``bench serve --load``, of runs of their own."""
+    return [row for row in measured if "median_ms" in row]
+
+
 def latest(measured: list[Row]) -> dict[tuple[str, int, int, str], float]:
     """{(bench, batch, context, impl): median ms} of the last run; the last row wins if two measure the same."""
     return {
         (row["bench"], row["batch"], row["context"], row["impl"]): row["median_ms"]
-        for row in last_run(measured)
-        if "median_ms" in row
+        for row in last_run(timed(measured))
     }
 
 
@@ -57,7 +61,7 @@ def _table(measured: list[Row], names: dict[str, str], columns: dict[str, str]) 
             cells = " | ".join("" if ms is None else _number(ms) for ms in found)
             ratio = found[0] / found[-1]
             lines.append(f"| {names[bench]} | {batch} | {context:,} | {cells} | {ratio:.2f}x |")
-    return f"{where(measured[-1])}\n\n" + "\n".join(lines) + "\n"
+    return f"{where(timed(measured)[-1])}\n\n" + "\n".join(lines) + "\n"
 
 
 def _number(value: float) -> str:
@@ -86,7 +90,7 @@ def summary_table(served: list[Row], memory: list[Row]) -> str:
     without, held, share = report_memory.held_blocks(live)
     what = f"KV blocks held after a prompt of {row['context']:,} tokens, without and with reclamation"
     lines.append(f"| {what} | {without} | {held} | {share} |")
-    heading, of_blocks = where(served[-1]), where(row)
+    heading, of_blocks = where(timed(served)[-1]), where(row)
     if of_blocks != heading:
         machine, _, commit = of_blocks.rpartition(", ")
         heading = f"{heading[:-1]}; KV blocks: {commit if heading.startswith(machine) else of_blocks}"

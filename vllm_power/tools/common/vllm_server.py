@@ -128,18 +128,22 @@ def stop(process: subprocess.Popen[Any], grace: float) -> None:
 def vllm_executable() -> str:
     """Return the `vllm` command of this Python environment.
 
-    Not `python -m vllm`, which puts the current directory, with folders of any name, on the import path.
+    It is beside Python, or in the folder that `pip install --target` filled and PYTHONPATH names. Not `python -m vllm`,
+    which puts the current directory, with folders of any name, on the import path.
     Raises VllmMissing where it is not there, or cannot start for want of a distribution called vllm.
     """
+    installed = list(distributions(name="vllm"))
     beside = Path(sys.executable).with_name("vllm")
+    commands = [beside, *(Path(str(found.locate_file("bin/vllm"))) for found in installed)]
     remedy = "vllm-power doctor says how to install it"
-    if not beside.exists():
+    command = next((command for command in commands if command.exists()), None)
+    if command is None:
         raise VllmMissing(
             f"vLLM is not installed here: there is no vllm command in {beside.parent}; {remedy}"
         )
-    if not any(distributions(name="vllm")):
+    if not installed:
         raise VllmMissing(f"vLLM is not installed here under the name vllm, which it asks for; {remedy}")
-    return str(beside)
+    return str(command)
 
 
 def free_port() -> int:
