@@ -24,12 +24,12 @@ def apart(monkeypatch):
     """The processes that would be started: (part, its arguments); each yields one row."""
     started = []
 
-    def run_apart(module, part, *arguments):
+    def rows_of(module, part, *arguments):
         started.append((part, arguments))
         row = {"bench": started[-1][0], "impl": "power", "context": 8, "output": 1, "value": 1, "unit": "x"}
         yield row
 
-    monkeypatch.setattr(memory, "run_apart", run_apart)
+    monkeypatch.setattr(memory, "rows_of", rows_of)
     monkeypatch.setattr(results, "machine", lambda: MACHINE)
     monkeypatch.setattr(engine, "gpu_name", lambda: None)
     return started

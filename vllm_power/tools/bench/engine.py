@@ -1,22 +1,16 @@
-"""Shared by the benchmarks of the whole engine: model shapes, implementations, requests, processes."""
+"""Shared by the benchmarks of the whole engine: model shapes, implementations, requests, progress."""
 
 import json
-import os
 import random
-import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from vllm_power.tools.common.ended import ended
-from vllm_power.tools.common.first_error import FirstError
-from vllm_power.tools.common.results import Row, gpu_name
-from vllm_power.tools.common.vllm_server import stop
+from vllm_power.tools.common.results import gpu_name
 
 QWEN2_7B: dict[str, Any] = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -106,61 +100,6 @@ def add_requests(llm_engine: Any, count: int, prompt: int, new_tokens: int) -> N
         llm_engine.add_request(f"{time.time_ns()}-{index}", {"prompt_token_ids": tokens}, sampling)
 
 
-def run_apart(module: str, *arguments: Any) -> Iterator[Row]:
-    """Run ``module``, which calls :func:`answer`, in its own process and yield its rows as they arrive.
-
-    Raises CalledProcessError if the process fails; its ``stderr`` is the first error's sentence, or "".
-    Closing the generator ends the process.
-    """
-    # -P: folders of the current directory must not shadow packages, as kernels/ would for transformers.
-    command = [sys.executable, "-P", "-m", module, json.dumps(arguments)]
-    environment = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_LOGGING_STREAM": "ext://sys.stderr"} | os.environ
-    # Its own session, so that the engine's child processes can be ended with it.
-    child = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-        env=environment,
-        start_new_session=True,
-    )
-    assert child.stdout is not None and child.stderr is not None
-    error = FirstError()
-    reader = threading.Thread(target=_pass_on, args=(child.stderr, error), daemon=True)
-    reader.start()
-    try:
-        for line in child.stdout:
-            if line.startswith('{"bench"'):
-                say(line.rstrip()[:300])
-                yield json.loads(line)
-        if child.wait():
-            reader.join(5)  # bounded, because the child's own children may keep its stderr open
-            raise subprocess.CalledProcessError(child.returncode, command[:-1], stderr=error.sentence or "")
-    finally:
-        stop(child, grace=20)
-        reader.join(5)
-        child.stdout.close()
-
-
-def _pass_on(lines: TextIO, error: FirstError) -> None:
-    """Copy a process's stderr to ours and find the first error in it."""
-    for line in lines:
-        sys.stderr.write(line)
-        error.feed(line)
-
-
-def failed(failure: subprocess.CalledProcessError) -> str:
-    """How a process of :func:`run_apart` ended, and its first error."""
-    return ended(failure.returncode) + (f": {failure.stderr}" if failure.stderr else "")
-
-
-def answer(measure: Callable[..., Iterator[Row]]) -> None:
-    """The child's side of :func:`run_apart`: call ``measure`` with the received arguments and print its rows."""
-    for row in measure(*json.loads(sys.argv[1])):
-        print(json.dumps(row), flush=True)
-
-
 def lacks_gpu(what: str, instead: str) -> bool:
     """Whether there is no NVIDIA GPU; if so, print that ``what`` needs one and what to do ``instead``."""
     lacks = gpu_name() is None
@@ -172,3 +111,8 @@ def lacks_gpu(what: str, instead: str) -> bool:
 def say(line: str) -> None:
     """Print a line of progress to stderr."""
     print(line, file=sys.stderr, flush=True)
+
+
+def say_row(row: Mapping[str, Any]) -> None:
+    """Print the beginning of a row to stderr."""
+    say(json.dumps(row)[:300])

@@ -5,13 +5,13 @@ at once in the same cache (concurrency), the scheduler's own time per step (sche
 whole engine on a GPU (throughput). Each row is appended to memory.jsonl when it is measured.
 """
 
-import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from vllm_power.pattern import POWER
-from vllm_power.tools.bench.engine import QWEN2_7B, failed, lacks_gpu, run_apart, say
+from vllm_power.tools.bench.engine import QWEN2_7B, lacks_gpu, say, say_row
 from vllm_power.tools.common import results
+from vllm_power.tools.common.apart import ChildFailed, rows_of
 from vllm_power.tools.common.results import Row
 
 PARTS = ("live", "concurrency", "scheduler", "throughput")
@@ -77,11 +77,12 @@ def main(
         for module, job in jobs(part, on_gpu, requests, context, output, cache_sequences, seconds):
             say(" ".join(map(str, job)))
             try:
-                for row in run_apart(module, *job):
+                for row in rows_of(module, *job):
+                    say_row(row)
                     results.append("memory", [row], folder, here)
                     rows.append(row)
-            except subprocess.CalledProcessError as failure:
-                say(f"{part} {job[1]}: {failed(failure)}")
+            except ChildFailed as failure:
+                say(f"{part} {job[1]}: {failure}")
                 failures += 1
     if rows:
         _print_table(rows)

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from vllm_power.pattern import POWER
-from vllm_power.tools.bench.engine import CHUNK, QWEN2_7B, TINY, add_requests, answer, engine, say
+from vllm_power.tools.bench.engine import CHUNK, QWEN2_7B, TINY, add_requests, engine, say
+from vllm_power.tools.common.apart import answer
 from vllm_power.tools.common.results import Row
 
 LIVE_CHUNK = 2_048  # small, so that tokens in flight hide little of the curve

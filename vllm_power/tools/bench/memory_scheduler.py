@@ -8,8 +8,9 @@ from typing import Any
 
 from vllm.config import VllmConfig
 
-from vllm_power.tools.bench.engine import CHUNK, IMPLS, answer
+from vllm_power.tools.bench.engine import CHUNK, IMPLS
 from vllm_power.tools.bench.scheduler_alone import PAGE, SchedulerAlone, configuration
+from vllm_power.tools.common.apart import answer
 from vllm_power.tools.common.results import Row
 
 MAX_SEQUENCES = 1024  # limit on running sequences

@@ -5,7 +5,6 @@ has its own process, with random weights of a 7B shape and random prompts.
 """
 
 import statistics
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,13 +14,12 @@ from vllm_power.tools.bench.engine import (
     CHUNK,
     QWEN2_7B,
     add_requests,
-    answer,
     engine,
-    failed,
-    run_apart,
     say,
+    say_row,
 )
 from vllm_power.tools.common import results
+from vllm_power.tools.common.apart import ChildFailed, answer, rows_of
 
 COMPARED = ("power", "dense")
 # Above 512 tokens vLLM replays no CUDA graph: 640 and 768 show the CPU launch overhead.
@@ -106,12 +104,13 @@ def main(repeats: int = 5, folder: Path = results.FOLDER) -> int:
     here = results.machine()
     for impl in COMPARED:
         try:
-            for row in run_apart(__name__, impl, PROMPTS, DECODES, repeats):
+            for row in rows_of(__name__, impl, PROMPTS, DECODES, repeats):
+                say_row(row)
                 rows.append({**row, "page": None, "dtype": "bfloat16"})
                 results.append("serve", rows[-1:], folder, here)
-        except subprocess.CalledProcessError as failure:
-            say(f"{impl}: {failed(failure)}")
-            return failure.returncode if failure.returncode > 0 else 128 - failure.returncode
+        except ChildFailed as failure:
+            say(f"{impl}: {failure}")
+            return failure.status
     _print_table(rows)
     return 0
 

@@ -17,7 +17,6 @@ from vllm_power.tools.recall import report
 
 # Where the user has not set them.
 ENVIRONMENT = {
-    "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB; on a CPU vLLM would take half of the memory
@@ -62,7 +61,7 @@ def run(
             line = progress.add_task(label, total=len(tasks) * n)
             last: dict[str, Any] = {}
             asked, log = {**job, "power": options_given}, folder / f"engine{number}.log"
-            for last in rows_of(f"{__package__}.engine", asked, log, ENVIRONMENT):
+            for last in rows_of(f"{__package__}.engine", asked, log=log, environment=ENVIRONMENT):
                 progress.update(line, completed=last.get("done", len(tasks) * n))
             measured = report.Measured(label, last["mode"], last["options"], last["right"])
             found.append(measured)
