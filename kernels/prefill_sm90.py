@@ -33,6 +33,7 @@ from vllm_power.kernels.prefill_sm90_tiles import (
     STAGES,
     STRIP,
     SWIZZLE,
+    reinterpreted,
 )
 
 # Registers per thread: at launch (12 warps), and then of the consumers and of the producer.
@@ -67,12 +68,10 @@ def _prefill_kernel(
     )
     key_boxes = gl.allocate_shared_memory(dtype, [BOXES, 1, 1, ROWS, PANEL], cache_descriptor.layout)
     value_boxes = gl.allocate_shared_memory(dtype, [BOXES, 1, 1, ROWS, PANEL], cache_descriptor.layout)
-    queries = query_boxes._reinterpret(dtype, [SLOTS, HALF_M, HEAD_SIZE], layout)
-    keys = key_boxes._reinterpret(dtype, [STAGES, BLOCK_N, HEAD_SIZE], layout)
-    values = value_boxes._reinterpret(dtype, [STAGES, BLOCK_N, HEAD_SIZE], layout)
-    value_strips = value_boxes._reinterpret(
-        dtype, [STAGES * PANELS * (BLOCK_N // STRIP), STRIP, PANEL], layout
-    )
+    queries = reinterpreted(query_boxes, [SLOTS, HALF_M, HEAD_SIZE], layout)
+    keys = reinterpreted(key_boxes, [STAGES, BLOCK_N, HEAD_SIZE], layout)
+    values = reinterpreted(value_boxes, [STAGES, BLOCK_N, HEAD_SIZE], layout)
+    value_strips = reinterpreted(value_boxes, [STAGES * PANELS * (BLOCK_N // STRIP), STRIP, PANEL], layout)
 
     q_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())

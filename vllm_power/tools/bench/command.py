@@ -1,12 +1,10 @@
 """``vllm-power bench``: the options of every benchmark."""
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-
-if TYPE_CHECKING:
-    from vllm_power.tools.bench.load_client import Cell
 
 bench = typer.Typer(no_args_is_help=True)
 
@@ -26,17 +24,26 @@ def need_gpu(command: str) -> None:
         raise typer.Exit(1)
 
 
-def cells_of(text: str, output: int) -> list["Cell"]:
-    """The cells that ``text`` names, such as "32768x8,512x1". Exits with status 2 if it names none."""
-    from vllm_power.tools.bench.load_client import Cell
+def pairs_of(text: str, suffix: str = "") -> list[tuple[int, int]]:
+    """[(32768, 8), (512, 1)] of "32768x8,512x1"; ``suffix`` is added to each. Exits with status 2 if it is wrong."""
+    pairs = []
+    for given in filter(None, text.split(",")):
+        tokens, _, requests = (given + suffix).partition("x")
+        if not (tokens.isdecimal() and requests.isdecimal() and int(tokens) and int(requests)):
+            raise typer.BadParameter(
+                f"{given!r} is not {'a length' if suffix else 'TOKENSxREQUESTS, as in 32768x8'}"
+            )
+        pairs.append((int(tokens), int(requests)))
+    return pairs
 
-    cells = []
-    for cell in text.split(","):
-        context, _, concurrency = cell.partition("x")
-        if not (context.isdecimal() and concurrency.isdecimal() and int(context) and int(concurrency)):
-            raise typer.BadParameter(f"{cell!r} is no cell; write prompt tokens x requests, such as 32768x8")
-        cells.append(Cell(int(context), int(concurrency), output))
-    return cells
+
+def known_impls(names: Iterable[str]) -> None:
+    """Exit with status 2 if there is no such implementation to compare with FlashAttention."""
+    from vllm_power.tools.bench.engine import IMPLS
+
+    ours = [name for name in IMPLS if name != "dense"]
+    if unknown := set(names) - set(ours):
+        raise typer.BadParameter(f"no {', '.join(sorted(unknown))} to compare; there are {', '.join(ours)}")
 
 
 @bench.command("cpu")
@@ -72,13 +79,16 @@ def serve_command(
 ) -> None:
     """Compare the whole engine on a GPU with vLLM's FlashAttention backend."""
     if load:
-        from vllm_power.tools.bench.engine import IMPLS
+        known_impls([impl])
+        asked = pairs_of(cells)
+        if not asked:
+            raise typer.BadParameter("no cells to measure")
         from vllm_power.tools.bench.load import main as main_load
+        from vllm_power.tools.bench.load_client import Cell
 
-        if impl not in IMPLS:
-            raise typer.BadParameter(f"there is no implementation {impl!r}; there are {', '.join(IMPLS)}")
         cache_bytes = None if cache_gib is None else int(cache_gib * (1 << 30))
-        raise typer.Exit(main_load(cells_of(cells, output), impl, turns, rounds, cache_bytes, folder))
+        measured = [Cell(context, concurrency, output) for context, concurrency in asked]
+        raise typer.Exit(main_load(measured, impl, turns, rounds, cache_bytes, folder))
     need_gpu("bench serve")
     from vllm_power.tools.bench.serve import main
 
@@ -90,13 +100,30 @@ def turns_command(
     impls: Annotated[str, typer.Option(help="Implementations to compare, separated by commas.")] = (
         "training_free_all_sparse,training_free,power"
     ),
+    prompts: Annotated[
+        str | None,
+        typer.Option(help="Prompt lengths, separated by commas; '' for none.", show_default="512 to 131,072"),
+    ] = None,
+    decodes: Annotated[
+        str | None,
+        typer.Option(
+            help="Context x batch of decode steps; '' for none.", show_default="batches of 1, 8 and 32"
+        ),
+    ] = None,
     folder: Annotated[Path, typer.Option(help="Append the rows to turns.jsonl in this folder.")] = RESULTS,
 ) -> None:
     """Compare each mode with vLLM's FlashAttention backend, in alternation on one GPU."""
+    names = impls.split(",")
+    known_impls(names)
+    lengths = None if prompts is None else [length for length, _ in pairs_of(prompts, "x1")]
+    batches = None if decodes is None else [(batch, context) for context, batch in pairs_of(decodes)]
+    if lengths == [] and batches == []:
+        raise typer.BadParameter("neither prompts nor decodes to measure")
     need_gpu("bench turns")
-    from vllm_power.tools.bench.turns import main
+    from vllm_power.tools.bench.turns import DECODES, PROMPTS, main
 
-    raise typer.Exit(main(tuple(impls.split(",")), folder))
+    lengths = list(PROMPTS) if lengths is None else lengths
+    raise typer.Exit(main(names, lengths, DECODES if batches is None else batches, folder))
 
 
 @bench.command("kernels")

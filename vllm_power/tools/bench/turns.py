@@ -9,6 +9,7 @@ import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,21 @@ from typing import Any
 from vllm_power.tools.bench.engine import CHUNK, QWEN2_7B, engine, say
 from vllm_power.tools.bench.serve import decode_times, first_token_time
 from vllm_power.tools.common import results
+from vllm_power.tools.common.apart import ChildFailed
 from vllm_power.tools.common.vllm_server import stop
 
 COMPARED = ("training_free_all_sparse", "training_free", "power")
 PROMPTS = (512, 768, 1_024, 1_536, 2_048, 4_096, 8_192, 32_768, 131_072)
-DECODES = ((1, 512), (1, 8_192), (1, 131_072), (8, 32_768), (32, 1_024), (32, 8_192))
+# (batch, context); 262,144 tokens of Qwen2-7B's shape fit into half of a GPU of 80 GB
+DECODES = (
+    *((1, context) for context in (512, 2_048, 8_192, 32_768, 131_072)),
+    *((8, context) for context in (512, 2_048, 8_192, 32_768)),
+    *((32, context) for context in (512, 1_024, 2_048, 8_192)),
+)
 NEW_TOKENS = 32
-# Turns, and prompts per turn.
+# Turns, and prompts (or batches that decode) per turn.
 TURNS, PER_TURN = 4, 10
-LONG = 32_768  # from here on, one prompt per turn
+LONG = 32_768  # tokens from which on a turn has one prompt or batch
 
 
 class Side:
@@ -47,32 +54,39 @@ class Side:
         print(json.dumps([kind, batch, context, count]), file=self.process.stdin, flush=True)
 
     def times(self) -> list[float]:
-        """Raises CalledProcessError if the process ends."""
+        """Raises ChildFailed if the process ends."""
         assert self.process.stdout is not None
         for line in self.process.stdout:
             if line.startswith('{"times"'):
                 return json.loads(line)["times"]
-        raise subprocess.CalledProcessError(self.process.wait(), self.process.args)
+        raise ChildFailed(self.process.wait())
 
     def close(self) -> None:
         stop(self.process, grace=20)
 
 
-def main(impls: tuple[str, ...] = COMPARED, folder: Path = results.FOLDER) -> int:
-    """Measure each of ``impls`` in alternation with dense attention, append rows to turns.jsonl, print the ratios.
+def main(
+    impls: Sequence[str] = COMPARED,
+    prompts: Sequence[int] = PROMPTS,
+    decodes: Sequence[tuple[int, int]] = DECODES,
+    folder: Path = results.FOLDER,
+) -> int:
+    """Measure each of ``impls`` in alternation with dense attention, print the ratios.
 
-    Returns 0, or the status of a failed process.
+    prompts: lengths of which the time to the first token is measured. decodes: (batch, context) of decode steps.
+    Appends the rows of each to turns.jsonl when it is measured. Returns 0, or the status of a failed process.
     """
     here = results.machine()
-    works = [("ttft", 1, context) for context in PROMPTS]
-    works += [("decode_step", batch, context) for batch, context in DECODES]
+    works = [("ttft", 1, context) for context in prompts]
+    works += [("decode_step", batch, context) for batch, context in decodes]
+    longest = max(context for _, _, context in works)
     for impl in impls:
         with ExitStack() as stack:
             try:
                 sides = {}
                 # One after the other: each measures the GPU's free memory while it starts.
                 for name in (impl, "dense"):
-                    sides[name] = Side(name, max(PROMPTS) + 256, 0.44)
+                    sides[name] = Side(name, longest + 256, 0.44)
                     stack.callback(sides[name].close)
                     sides[name].ask(
                         "ttft", 1, 512, 2
@@ -80,8 +94,9 @@ def main(impls: tuple[str, ...] = COMPARED, folder: Path = results.FOLDER) -> in
                     sides[name].times()
                 for kind, batch, context in works:
                     _measure(sides, impl, kind, batch, context, folder, here)
-            except subprocess.CalledProcessError as failure:
-                return failure.returncode
+            except ChildFailed as failure:
+                say(f"{impl}: {failure}")
+                return failure.status
     return 0
 
 
@@ -134,7 +149,11 @@ def _serve(impl: str, max_model_len: int, memory: float) -> None:
             if kind == "ttft":
                 times = [first_token_time(llm.llm_engine, context) for _ in range(count)]
             else:
-                times = decode_times(llm.llm_engine, batch, context, NEW_TOKENS)
+                times = [
+                    step
+                    for _ in range(count)
+                    for step in decode_times(llm.llm_engine, batch, context, NEW_TOKENS)
+                ]
             print(json.dumps({"times": times}), flush=True)
 
 
