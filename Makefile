@@ -1,12 +1,13 @@
 # The commands of this project; continuous integration runs the same commands (.ci/run).
 PYTHON ?= python3
 DEVICE ?= auto
+TRITON ?= 3.9.0
 BIN := .venv/bin
 # One case per code path of the kernels; all cases would take an hour under a sanitizer.
 SANITIZED := mixed or drafts or fp8 or sinks or head-80 or head-192 or page-16 or qwen2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-gpu sanitize lint format bench lock wheel clean
+.PHONY: help setup demo test test-fast test-gpu sanitize compile lint format bench lock wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,6 +33,10 @@ sanitize: setup ## compute-sanitizer's memcheck, initcheck and racecheck over th
 	compute-sanitizer --tool initcheck --error-exitcode 1 $(BIN)/pytest -q tests/kernels -k "$(SANITIZED)"
 	@# Without the Hopper kernel: racecheck reports how Triton starts its roles (docs/kernels-notes.md).
 	compute-sanitizer --tool racecheck --error-exitcode 1 $(BIN)/pytest -q tests/kernels -k "($(SANITIZED)) and not qwen2"
+
+compile: setup ## compile every kernel without a GPU, under another Triton (TRITON=3.9.0 to choose)
+	$(BIN)/pip install --quiet --no-deps --target build/triton-$(TRITON) triton==$(TRITON)
+	PYTHONPATH=build/triton-$(TRITON) $(BIN)/python tests/support/offline.py 80 90 100 120
 
 lint: setup ## ruff, mypy, layers and language
 	$(BIN)/ruff check

@@ -20,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from vllm_power.kernels.device import capability, num_multiprocessors
+from vllm_power.kernels.gluon_names import reinterpreted
 from vllm_power.kernels.launch import launch
 from vllm_power.kernels.plan import Plan
 from vllm_power.kernels.prefill_sm90_consumer import consume
@@ -33,7 +34,6 @@ from vllm_power.kernels.prefill_sm90_tiles import (
     STAGES,
     STRIP,
     SWIZZLE,
-    reinterpreted,
 )
 
 # Registers per thread: at launch (12 warps), and then of the consumers and of the producer.

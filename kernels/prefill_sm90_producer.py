@@ -6,8 +6,9 @@ moves one box: one panel (``PANEL`` columns) of the rows that one page contribut
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
+from vllm_power.kernels.gluon_names import async_load
 from vllm_power.kernels.prefill_sm90_tiles import (
     BLOCK_N,
     CONSUMERS,
@@ -40,7 +41,7 @@ def _copy_tile(
         page = gl.load(pages + key // PAGE_SIZE)
         for panel in gl.static_range(PANELS):
             target = boxes.index((stage * PANELS + panel) * (BLOCK_N // ROWS) + box)
-            tma.async_copy_global_to_shared(
+            async_load(
                 descriptor, [page, kv_head, key % PAGE_SIZE, first_column + panel * PANEL], full, target
             )
 
@@ -123,7 +124,7 @@ def produce(
                 mbarrier.wait(q_empty.index(slot), phase_of(query_tiles) ^ 1)
                 mbarrier.expect(q_full.index(slot), HALF_M * HEAD_SIZE * ELEMENT_BYTES)
                 for panel in gl.static_range(PANELS):
-                    tma.async_copy_global_to_shared(
+                    async_load(
                         query_descriptor,
                         [start + first_token + half * HALF_M, head, panel * PANEL],
                         q_full.index(slot),

@@ -24,8 +24,6 @@ STAGES = gl.constexpr(2)
 ELEMENT_BYTES = gl.constexpr(2)
 # Bytes of a swizzled row.
 SWIZZLE = gl.constexpr(128)
-# Triton 3.9 made the method public and dropped its old name.
-HAS_REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 
 assert CONSUMERS.value == 2, "prefill_sm90 starts two consumers and lists the warps of each role"
 assert HALF_M.value == 64, "a warpgroup's matrix product has 64 rows"
@@ -36,15 +34,6 @@ assert BLOCK_N.value <= 256, "a matrix product has at most 256 columns, a TMA bo
 assert PANEL.value * ELEMENT_BYTES.value == SWIZZLE.value, "a panel is as wide as the swizzle"
 assert STRIP.value % 8 == 0, "the swizzle repeats every 8 rows"
 assert STAGES.value == 2, "stage_of and phase_of take a stage and its phase from one bit each"
-
-
-@gluon.jit
-def reinterpreted(boxes, shape: gl.constexpr, layout: gl.constexpr):
-    """The same shared memory under another shape and layout."""
-    if HAS_REINTERPRET:
-        return boxes.reinterpret(boxes.dtype, shape, layout)
-    else:
-        return boxes._reinterpret(boxes.dtype, shape, layout)
 
 
 @gluon.jit
