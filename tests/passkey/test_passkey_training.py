@@ -5,22 +5,23 @@ import os
 import signal
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from vllm_power.pattern import preset
+from vllm_power.tools.adapt.engine import Planner
 from vllm_power.tools.cli import app
-from vllm_power.tools.passkey import run as passkey_run
-from vllm_power.tools.passkey.eval import DEPTHS, evaluate
+from vllm_power.tools.common.command_options import Stopped
+from vllm_power.tools.passkey import compare, run, train
+from vllm_power.tools.passkey.documents import Documents
+from vllm_power.tools.passkey.evaluate import DEPTHS, Evaluation
 from vllm_power.tools.passkey.plot import accuracy, plot
-from vllm_power.tools.passkey.run import Stopped, train
 from vllm_power.tools.passkey.settings import SIZES, TOY, Settings, Stage
-from vllm_power.tools.passkey.train import Trainer
 
-CPU = torch.device("cpu")
 QUIET = Console(quiet=True)
 TINY = replace(TOY, steps=6, layers=1, width=32, ffn=32, tokens=512)
 
@@ -35,62 +36,101 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+def weights(settings: Settings, folder: Path) -> dict[str, torch.Tensor]:
+    """What a training results in."""
+    return train.train(settings, folder, QUIET).state_dict()
+
+
+def log_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / train.LOG).read_text().splitlines()]
+
+
+def acting_in_step(step: int, act: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Call ``act`` while the first row of a step is read; the loader reads one batch ahead."""
+    read = Documents.__getitem__
+
+    def reading(self: Documents, index: int) -> dict[str, Any]:
+        if index == step * self.settings.rows_in_step:
+            act()
+        return read(self, index)
+
+    monkeypatch.setattr(Documents, "__getitem__", reading)
+
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 @pytest.mark.slow
 def test_a_toy_learns_to_find_the_passkey(tmp_path):
-    trainer = train(TOY, tmp_path, CPU, QUIET)
-    pattern = preset("power", block_size=16)
-    rows = list(evaluate(trainer, pattern, 128, per_depth=10))
-    assert sum(row["correct"] for row in rows) / (DEPTHS * 10) > 0.4  # chance is 1 in 100,000
-    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    run.export(train.train(TOY, tmp_path, QUIET), TOY.options(16), tmp_path / "model")
+    correct = Evaluation(tmp_path / "model", TOY.options(16), TOY.tokens, 8_192).correct(128, per_depth=10)
+    assert sum(correct) / (DEPTHS * 10) > 0.4  # chance is 1 in 100,000
+    log = log_of(tmp_path)
     assert log[-1]["digits"] > 0.7 and log[-1]["step"] == TOY.steps
 
 
-def test_a_stopped_training_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
-    whole = train(TINY, tmp_path / "whole", CPU, QUIET)
-
-    step = Trainer.train_step
-
-    def terminated(self, *arguments):
-        step(self, *arguments)
-        if self.step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-
+@pytest.mark.parametrize("step", [3, 5])
+def test_a_stopped_training_goes_on_as_if_it_had_not_been(step, tmp_path, monkeypatch):
+    """In the last step as well: nothing is evaluated before the same command asks for it again."""
+    whole = weights(TINY, tmp_path / "whole")
     with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "train_step", terminated)
-        with pytest.raises(Stopped, match="stopped at step 3; the same command goes on"):
-            train(TINY, tmp_path / "parts", CPU, QUIET)
-    parts = train(TINY, tmp_path / "parts", CPU, QUIET)
-
-    assert parts.step == whole.step == 6
-    for one, other in zip(parts.parameters, whole.parameters, strict=True):
-        assert torch.equal(one, other)
-
-
-def test_a_stop_in_the_last_step_is_one(tmp_path, monkeypatch):
-    """And nothing is evaluated before the same command asks for it again."""
-    step = Trainer.train_step
-
-    def terminated(self, *arguments):
-        step(self, *arguments)
-        if self.step == TINY.steps:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "train_step", terminated)
-        with pytest.raises(Stopped, match="stopped at step 6"):
-            train(TINY, tmp_path, CPU, QUIET)
-    assert train(TINY, tmp_path, CPU, QUIET).step == 6
+        acting_in_step(step, terminate, patched)
+        with pytest.raises(Stopped, match=r"stopped at step \d: the same command continues"):
+            train.train(TINY, tmp_path / "parts", QUIET)
+    parts = weights(TINY, tmp_path / "parts")
+    assert parts.keys() == whole.keys()
+    assert all(torch.equal(parts[name], whole[name]) for name in whole)
 
 
 def test_steps_that_come_again_after_a_kill_are_logged_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(passkey_run, "STEPS_BETWEEN_REPORTS", 2)
-    trainer = train(replace(TINY, steps=4), tmp_path, CPU, QUIET)
-    log = tmp_path / "log.jsonl"
-    log.write_text(log.read_text() + json.dumps({"step": 6}) + '\n{"step": 8, "cut o')
-    trainer.settings = TINY  # its checkpoint is the one of step 4
-    trainer.save(tmp_path / "checkpoint.pt")
-    train(TINY, tmp_path, CPU, QUIET)
-    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [2, 4, 6]
+    monkeypatch.setattr(train, "STEPS_BETWEEN_REPORTS", 2)
+    monkeypatch.setattr(train, "SECONDS_BETWEEN_CHECKPOINTS", 0)
+
+    def killed() -> None:
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patched:
+        acting_in_step(5, killed, patched)
+        with pytest.raises(RuntimeError, match="killed"):
+            train.train(TINY, tmp_path, QUIET)
+    train.train(TINY, tmp_path, QUIET)
+    assert [entry["step"] for entry in log_of(tmp_path)] == [2, 4, 6]
+
+
+def test_micro_batches_do_not_change_a_step(tmp_path, monkeypatch):
+    arguments = train.training_arguments
+
+    def smaller(folder: Path, **named: Any) -> Any:
+        named |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": TINY.rows_in_step}
+        return arguments(folder, **named)
+
+    whole = weights(TINY, tmp_path / "whole")
+    monkeypatch.setattr(train, "training_arguments", smaller)
+    parts = weights(TINY, tmp_path / "parts")
+    for name in whole:
+        torch.testing.assert_close(parts[name], whole[name], atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", ["power", "longnet"])
+def test_a_training_by_lists(pattern, tmp_path, monkeypatch):
+    """As on a GPU, plans come with the rows, through loader and Trainer: losses and answers are as with masks."""
+    settings = replace(TINY, pattern=pattern, steps=2, tokens=256, curriculum=(Stage(0.5, (4,), shrink=2), Stage(1.0, (8,))))
+    monkeypatch.setattr(train, "STEPS_BETWEEN_REPORTS", 1)
+    found = []
+    for way in ("masks", "lists"):
+        model = train.train(settings, tmp_path / way, QUIET)
+        run.export(model, settings.options(32), tmp_path / way / "model")
+        evaluation = Evaluation(tmp_path / "masks" / "model", settings.options(32), 512, 512)
+        with torch.no_grad():
+            found.append(evaluation.correct(256, per_depth=1))
+        monkeypatch.setattr(Planner, "suits", staticmethod(lambda config, device: True))
+        monkeypatch.setattr(train, "compile_layers", lambda model: None)
+        monkeypatch.setattr("vllm_power.tools.passkey.evaluate.compile_layers", lambda model: None)
+    ours, theirs = ([entry["answer_loss"] for entry in log_of(tmp_path / way)] for way in ("lists", "masks"))
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    assert found[0] == found[1]
 
 
 def test_what_is_wrong_is_said_in_a_line(tmp_path):
