@@ -20,7 +20,7 @@ from vllm_power.tools.common.passkey_data import ANSWER
 from vllm_power.tools.common.vllm_server import Server, ServerFailed, last_lines, serve
 from vllm_power.tools.demo import passkeys, requests
 from vllm_power.tools.demo.run import run, shorten
-from vllm_power.tools.passkey.export import make_tokenizer
+from vllm_power.tools.passkey.model import make_tokenizer
 
 # Answers /health after a moment, logs its arguments, and has a child process, like vLLM.
 STAND_IN = """#!{python}

@@ -60,7 +60,9 @@ def compare(
                 worker.terminate()  # it saves a checkpoint
                 worker.join()
     if failed := sum(worker.exitcode != 0 for worker in workers):
-        raise Stopped(f"{failed} of {len(workers)} processes ended early: the same command continues from there")
+        raise Stopped(
+            f"{failed} of {len(workers)} processes ended early: the same command continues from there"
+        )
 
 
 def is_measured(settings: Settings, results: Path) -> bool:

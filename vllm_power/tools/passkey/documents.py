@@ -46,14 +46,15 @@ class Collator:
         batch: dict[str, Any] = {name: torch.cat([row[name] for row in rows]) for name in TENSORS}
         batch["block_size"] = rows[0]["block_size"]
         if self.planner_of is not None:
-            batch |= planned(self.planner_of(batch["block_size"]), *batch["tokens"].shape, self.row)
+            batch |= planned(self.planner_of(batch["block_size"]), batch["tokens"].shape, self.row)
         return batch
 
 
-def planned(planner: Planner, documents: int, length: int, row: int) -> dict[str, Any]:
-    """position_ids and power_plan, on the CPU, of documents of ``length`` tokens side by side in rows of ``row`` tokens.
+def planned(planner: Planner, shape: tuple[int, int], row: int) -> dict[str, Any]:
+    """position_ids and power_plan, on the CPU, of documents side by side in rows of ``row`` tokens.
 
-    The documents must fill whole rows.
+    shape: documents, which fill whole rows, and tokens per document.
     """
+    documents, length = shape
     positions = torch.arange(length).repeat(documents).view(-1, row)
     return {"position_ids": positions, "power_plan": planner(positions)}

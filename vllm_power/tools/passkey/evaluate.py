@@ -64,7 +64,7 @@ class Evaluation:
         """What the model is given in addition to the tokens; empty without a planner: each document is a row."""
         if self.planner is None:
             return {}
-        named = planned(self.planner, documents, context, self.longest)
+        named = planned(self.planner, (documents, context), self.longest)
         return {name: part.to(self.device) for name, part in named.items()}
 
 

@@ -1,4 +1,4 @@
-"""The small model: a Llama of transformers with its initial weights, and how it is written for transformers and vLLM."""
+"""The small model: transformers' Llama with initial weights, and its checkpoint for transformers and vLLM."""
 
 from pathlib import Path
 from typing import Any

@@ -12,11 +12,11 @@ from vllm_power.tools.passkey.settings import Settings
 class MuonAndAdamW(torch.optim.Optimizer):
     """torch's two optimizers. Schedulers and the Trainer see one, with the groups of both.
 
-    student: has the model as ``model``. fused: whether AdamW runs as one kernel.
+    student: all that is trained; layers: the part of it whose matrices Muon moves. fused: whether AdamW runs as one
+    kernel.
     """
 
-    def __init__(self, student: nn.Module, settings: Settings, fused: bool) -> None:
-        layers: Any = student.model.model.layers
+    def __init__(self, student: nn.Module, layers: nn.Module, settings: Settings, fused: bool) -> None:
         matrices = [weight for weight in layers.parameters() if weight.dim() == 2]
         inside = {id(weight) for weight in matrices}
         rest = [weight for weight in student.parameters() if id(weight) not in inside]

@@ -49,7 +49,9 @@ def accuracy(measured: list[Row]) -> dict[Training, dict[int, Found]]:
     for (training, context, _), row in sorted(last.items(), key=lambda item: item[0]):
         lengths = found.setdefault(training, {})
         before = lengths.get(context, Found(0, 0, 0))
-        lengths[context] = Found(before.correct + row["correct"], before.total + row["total"], before.seeds + 1)
+        lengths[context] = Found(
+            before.correct + row["correct"], before.total + row["total"], before.seeds + 1
+        )
     return found
 
 

@@ -62,7 +62,9 @@ def evaluate(
     settings = Settings.read(folder)
     name = pattern or settings.pattern
     options = replace(settings, pattern=name).options(settings.block_size)
-    shrink = preset("power").block_size // settings.block_size  # a toy's blocks, and so its lengths, are smaller
+    shrink = (
+        preset("power").block_size // settings.block_size
+    )  # a toy's blocks, and so its lengths, are smaller
     per_depth = per_depth or PER_DEPTH[0 if _has_gpu() else 1]
     found = Evaluation(folder / MODEL, options, settings.tokens, CONTEXTS[-1] // shrink)
     here = recorded.machine()

@@ -63,9 +63,7 @@ class Settings:
     @property
     def row(self) -> int:
         """Tokens per row, the unit of micro-batches: one of the longest documents, or several shorter ones."""
-        return max(
-            max(stage.blocks) * (self.block_size // stage.shrink) for stage in self.curriculum
-        )
+        return max(max(stage.blocks) * (self.block_size // stage.shrink) for stage in self.curriculum)
 
     @property
     def rows_in_step(self) -> int:
@@ -74,7 +72,9 @@ class Settings:
 
     def documents_of(self, step: int) -> tuple[int, int]:
         """(tokens per document, tokens per block) of the step with this index."""
-        stage = next(stage for stage in self.curriculum if step / self.steps < stage.until or stage.until >= 1)
+        stage = next(
+            stage for stage in self.curriculum if step / self.steps < stage.until or stage.until >= 1
+        )
         block_size = self.block_size // stage.shrink
         return random.Random(f"{self.seed} {step}").choice(stage.blocks) * block_size, block_size
 

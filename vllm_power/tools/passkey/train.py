@@ -28,7 +28,7 @@ from vllm_power.tools.adapt.callbacks import Bar
 from vllm_power.tools.adapt.engine import Planner, compile_layers, hidden_states, prepare
 from vllm_power.tools.adapt.loop import fill_memory, run_to_the_end, training_arguments
 from vllm_power.tools.common import passkey_data as data
-from vllm_power.tools.passkey.documents import TENSORS, Collator, Documents
+from vllm_power.tools.passkey.documents import Collator, Documents
 from vllm_power.tools.passkey.model import new_model
 from vllm_power.tools.passkey.optimizer import MuonAndAdamW
 from vllm_power.tools.passkey.settings import Settings
@@ -236,11 +236,14 @@ def train(settings: Settings, folder: Path, console: Console) -> LlamaForCausalL
 
         def loss_of(count: int) -> torch.Tensor:
             batch = collate([rows[0]] * count)
-            moved = {name: part if name == "block_size" else part.to(arguments.device) for name, part in batch.items()}
+            moved = {
+                name: part if name == "block_size" else part.to(arguments.device)
+                for name, part in batch.items()
+            }
             return student(**moved)["loss"]
 
         fill_memory(arguments, student, settings.row, loss_of, console)
-    optimizer = MuonAndAdamW(student, settings, fused=cuda)
+    optimizer = MuonAndAdamW(student, student.model.model.layers, settings, fused=cuda)
     trainer = PasskeyTrainer(
         settings,
         student,
