@@ -5,14 +5,13 @@ at the granularity of blocks of ``block_size`` tokens. A query token sees every 
 its own block it sees the tokens up to itself. Everything else in this project (oracle, plan, kernels, cache manager,
 training, docs) uses this file.
 
-    python -m vllm_power.pattern                  # draws PowerAttention over 16,384 tokens
-    python -m vllm_power.pattern longnet --tokens 32768
+    vllm-power pattern                  # draws PowerAttention over 16,384 tokens
+    vllm-power pattern longnet --tokens 32768
 
 This module uses only the standard library, not torch.
 """
 
-import argparse
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import count, takewhile
@@ -92,24 +91,6 @@ class Pattern:
     def visible_blocks(self, q: int) -> tuple[int, ...]:
         """The key blocks that query block ``q`` sees, ascending; its own block, if visible, is last."""
         return tuple(sorted({k for k in self._candidates(q) if self.sees(q, k)}))
-
-    def next_reader(self, k: int, q: int) -> int | None:
-        """The first query block at or after ``q`` that reads key block ``k``; None if there is none."""
-        q = max(q, k)
-        if self.sees(q, k):
-            return q
-        d = q - k
-        match self.name:
-            case "power":
-                return k + (1 << (d - 1).bit_length())
-            case "stride_slash":
-                return k + -(-d // self.stride) * self.stride
-            case "dilated":
-                return q + 1 if self.sees(q + 1, k) else None
-            case "longnet":
-                segment_end = (k | (LONGNET_SEGMENT - 1)) + 1
-                return next((later for later in range(q, segment_end) if self.sees(later, k)), None)
-        return None  # sliding_window has passed it
 
     def last_reader(self, k: int, last: int) -> int:
         """The last query block up to ``last`` (``>= k``) that reads key block ``k``; after that, ``k`` is dead."""
@@ -265,10 +246,6 @@ class Pattern:
             frontier = reached
         return hops
 
-    def receptive_field(self, q: int, layers: int) -> tuple[int, ...]:
-        """The blocks whose tokens can influence query block ``q`` after ``layers`` layers, ascending."""
-        return tuple(k for k, hop in enumerate(self.hops(q)) if hop is not None and hop <= layers)
-
     def __str__(self) -> str:
         text = f"{self.name} (block {self.block_size}, sink {self.sink_blocks}"
         if self.name not in ("longnet", "full"):
@@ -366,25 +343,3 @@ def draw(pattern: Pattern, num_tokens: int) -> str:
         f"{pattern.density(num_tokens):.2%} of the causal block pairs are read; {reach}"
     )
     return "\n".join([*rows, "", counts])
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Draw a pattern in the terminal and print its counts."""
-    parser = argparse.ArgumentParser(prog="python -m vllm_power.pattern", description=main.__doc__)
-    parser.add_argument("name", nargs="?", default="power", choices=NAMES)
-    parser.add_argument("--tokens", type=int, default=16_384, help="sequence length (default 16384)")
-    for field in ("block_size", "sink_blocks", "window_blocks", "stride"):
-        parser.add_argument(f"--{field.replace('_', '-')}", type=int, default=None)
-    arguments = vars(parser.parse_args(argv))
-    name, tokens = arguments.pop("name"), arguments.pop("tokens")
-    if tokens < 1:
-        parser.error("--tokens must be at least 1")
-    try:
-        pattern = preset(name, **{field: value for field, value in arguments.items() if value is not None})
-    except ValueError as error:
-        parser.error(str(error))
-    print(draw(pattern, tokens))
-
-
-if __name__ == "__main__":
-    main()

@@ -201,7 +201,7 @@ def test_killed_for_real_and_gone_on_by_two_processes(
     two = [str(programs / "torchrun"), "--standalone", "--nproc-per-node", "2", str(programs / "vllm-power")]
     done = subprocess.run([*two, *command], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "going on from out/checkpoints/checkpoint-3" in done.stdout
+    assert "resuming from out/checkpoints/checkpoint-3" in done.stdout
 
     for name, key in ((report.LOSS, "loss"), (report.PERPLEXITY, "power")):
         ours, theirs = ([row[key] for row in rows_of(at, name)] for at in (tmp_path / "out", trained))
@@ -332,7 +332,7 @@ def test_a_tokenizer_that_cannot_be_loaded_is_told_in_one_line(tmp_path: Path) -
         ({"data": ("nowhere.jsonl",)}, "there is no such file"),
         ({"data": (__file__,)}, r"text is read from \.txt"),
         ({"field": "body"}, "no column 'body' but text: name the text's with --field"),
-        ({"eval_tokens": 10**9}, "0 tokens beside the held-out ones"),
+        ({"eval_tokens": 10**9}, "0 tokens apart from the held-out ones"),
         ({"eval_tokens": 100}, "fewer than a window of 128"),
         ({"stages": stages_of("512:1steps")}, "rope_parameters"),
         ({"stages": stages_of("64:1steps")}, "no token would be trained under the pattern"),

@@ -1,4 +1,4 @@
-"""What happens beside the steps: a progress bar, a stop on signals, an error where the loss is no longer sound."""
+"""What happens between steps: a progress bar, a stop on signals, an error if the loss is no longer sound."""
 
 import math
 import signal
@@ -22,7 +22,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Sound(TrainerCallback):
-    """Raises FloatingPointError where a loss is not a number or far above those before it.
+    """Raises FloatingPointError if a loss is not a number or far above those before it.
 
     That is before a checkpoint of the step could be written.
     """
@@ -41,7 +41,7 @@ class Sound(TrainerCallback):
         step, length = state.global_step, self.settings.length_at(state.global_step - 1)
         where = f"at step {step} (sequences of {length:,} tokens, learning rate {logs.get('learning_rate', 0):.2g})"
         remedy = (
-            "Train anew, to another --output, with a lower --learning-rate, a longer --warmup or other data."
+            "Train again, to another --output, with a lower --learning-rate, a longer --warmup or other data."
         )
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise FloatingPointError(f"loss {loss}, gradient norm {norm} {where}. {remedy}")

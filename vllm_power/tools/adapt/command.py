@@ -13,7 +13,7 @@ def adapt_command(
     data: Annotated[
         list[Path], typer.Option(help="Text: .txt, .jsonl or .parquet; may be given several times.")
     ],
-    output: Annotated[Path, typer.Option(help="Where the model goes; the same command goes on there.")],
+    output: Annotated[Path, typer.Option(help="The model's folder; the same command resumes there.")],
     power: PatternJson = None,
     stages: Annotated[
         str, typer.Option(help="LENGTH:TOKENS or LENGTH:STEPS of each stage, with commas.")

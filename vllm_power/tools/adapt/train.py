@@ -75,7 +75,7 @@ def train(
 def load(settings: Settings, options: PatternOptions, device: torch.device) -> tuple[Any, Planner | None]:
     """The model to train: all weights in float32, or in the precision of the run with adapters in float32.
 
-    And what plans its batches, where the kernels can do all of it on ``device``. Raises ValueError where ``distill``
+    And what plans its batches, if the kernels can do all of it on ``device``. Raises ValueError if ``distill``
     is asked of a model whose logits are more than its head's product.
     """
     set_seed(settings.seed)  # of the adapters
@@ -123,7 +123,7 @@ def sharded() -> bool:
 
 
 def arguments_of(settings: Settings, folder: Path, processes: int, save_every: int) -> TrainingArguments:
-    """Trainer's arguments. Raises ValueError where the processes cannot share a step, or lack bfloat16."""
+    """Trainer's arguments. Raises ValueError if the processes cannot share a step, or lack bfloat16."""
     cuda = torch.cuda.is_available()
     if settings.precision == "bf16" and cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise ValueError(

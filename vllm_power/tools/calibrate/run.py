@@ -104,7 +104,7 @@ def _stored(config: Any) -> options.PatternOptions | None:
 
 
 def _options(given: str | None, config: Any) -> options.PatternOptions:
-    """What --power and the checkpoint say, save for dense layers."""
+    """What --power and the checkpoint say, except for dense layers."""
     asked = json_object(given or "{}", "--power")
     if "dense_layers" in asked:
         raise ValueError(REMEDY_DENSE)

@@ -11,7 +11,7 @@ def windows(text: str, tokenizer: Any, pattern: Pattern, tokens: int, count: int
     """int64 [windows, tokens]: up to ``count`` windows, spread evenly over ``text``, that do not overlap.
 
     Each begins with what the tokenizer puts before a text. A text of fewer than ``tokens`` tokens is one window.
-    Raises ValueError where a window would not reach past what every query sees under ``pattern``.
+    Raises ValueError if a window would not reach past what every query sees under ``pattern``.
     """
     start = tokenizer("", verbose=False)["input_ids"]
     inside = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

@@ -32,7 +32,7 @@ console = Console(highlight=False)
 
 @dataclass(frozen=True)
 class Job:
-    """A whole evaluation. dense: the model to agree with, None where that is not asked."""
+    """A whole evaluation. dense: the model to agree with, None if that is not asked."""
 
     settings: Settings
     target: Target
@@ -58,7 +58,7 @@ def run(job: Job) -> int:
         failures.show(console, failure)
         return 2
     except KeyboardInterrupt:
-        console.print("Interrupted. The same command goes on from here.")
+        console.print("Interrupted. The same command resumes here.")
         return 130
 
 
@@ -140,7 +140,7 @@ def named(job: Job, target: Target, model: Model, make: Make) -> list[Item]:
 
 
 def fitting(settings: Settings, model: Model) -> Settings:
-    """Settings whose lengths the model can take. Raises EvalError where one of them is too long."""
+    """Settings whose lengths the model can take. Raises EvalError if one of them is too long."""
     limit = model.max_model_len
     if not settings.lengths:
         lengths = tuple(length for length in (4096, 8192, 16384, 32768) if limit is None or length <= limit)

@@ -35,7 +35,7 @@ class Documents(Dataset[dict[str, Any]]):
 class Collator:
     """Rows of one step together, with their plan if there are planners.
 
-    planner_of: the Planner for blocks of so many tokens; None: each document is a row, and nothing is planned.
+    planner_of: the Planner for a number of tokens per block; None: each document is a row, and nothing is planned.
     """
 
     def __init__(self, row: int, planner_of: Callable[[int], Planner] | None) -> None:

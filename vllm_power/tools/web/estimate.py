@@ -1,7 +1,7 @@
 """What a model costs under the pattern and dense: work, bytes, memory, and the time that a GPU should need.
 
 Work and memory are exact (``counts.py``). Times are a roofline with a few measured constants; docs/explore.md has the
-formulas, the assumptions, and the recorded measurements beside them.
+formulas, the assumptions, and the recorded measurements next to them.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from vllm_power.tools.web.question import Question
 
 FULL = preset("full")
 
-# Attention kernels against a large matrix product: 590 of 670 TFLOP/s, ours and FlashAttention 3 alike
+# Attention kernels against a large matrix product: 590 of 670 TFLOP/s, both ours and FlashAttention 3
 # (docs/results/kernels.jsonl, prefill of 131,072 tokens on pages of 256).
 ATTENTION_SHARE = 0.88
 # What a step takes beyond its work, by the steps of 512 tokens in docs/results/serve.jsonl: host, launches, sampling.
@@ -150,7 +150,7 @@ def _compute(ask: Question, flops: float) -> float:
 
 
 def _stream(ask: Question, count: float) -> float:
-    """Seconds in which all GPUs together read or write so many bytes."""
+    """Seconds in which all GPUs together read or write this number of bytes."""
     return count / (_gpu(ask).tb_per_s * 1e12) / ask.gpus
 
 

@@ -73,7 +73,7 @@ class Question(Shape):
 
     @property
     def effective_pattern(self) -> Pattern:
-        """The pattern asked for. Raises ValueError where a number is out of range or it would take too long."""
+        """The pattern asked for. Raises ValueError if a number is out of range or it would take too long."""
         names = ("block_size", "sink_blocks", "window_blocks", "stride")
         fields = {name: value for name in names if (value := getattr(self, name)) is not None}
         try:

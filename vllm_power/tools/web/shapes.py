@@ -24,7 +24,7 @@ _NAMES = {
 class Shape(BaseModel):
     """A decoder with grouped-query attention and a gated feed-forward network (three matrices), perhaps of experts.
 
-    intermediate_size: of the network that every token goes through; 0 where there are only experts.
+    intermediate_size: of the network that every token goes through; 0 if there are only experts.
     experts, experts_per_token, expert_size: of a mixture; 0 without one.
     window_layers, window_tokens: layers with a sliding window of their own, which they keep under the pattern.
     dense_layers: how many layers stay dense (the option ``dense_layers``).
@@ -78,7 +78,7 @@ class Shape(BaseModel):
 def of_config(config: Mapping[str, Any]) -> Shape:
     """The shape of a model by its config.json.
 
-    Raises ValueError where a number is missing, or where PowerAttention does not serve such a model.
+    Raises ValueError if a number is missing, or if PowerAttention does not serve such a model.
     """
     try:
         return _of_config(config.get("text_config") or config)
