@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from support import passkey_worker
 from typer.testing import CliRunner
 
 from vllm_power.options import PatternOptions
@@ -249,13 +248,28 @@ def test_a_comparison_does_what_is_left(tmp_path, monkeypatch):
     ]
 
 
-@pytest.mark.slow
-def test_a_comparison_in_several_processes(tmp_path):
-    words = f"passkey compare {tmp_path} --size toy --per-depth 1 --steps 2 --patterns power,longnet --jobs 2".split()
-    command = [sys.executable, "-m", "vllm_power.tools.cli", *words, "--seeds", "0"]
-    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    rows = [json.loads(line) for line in (tmp_path / "adapted.jsonl").read_text().splitlines()]
-    assert len(rows) == 2 * len(run.CONTEXTS)
+@pytest.mark.parametrize("visible, gpus", [(None, ["0", "1"]), ("4,6", ["4", "6"])])
+def test_a_comparison_uses_each_gpu(visible, gpus, tmp_path, monkeypatch):
+    """Processes on two GPUs share the trainings; where one ends early, the command says so."""
+    monkeypatch.setattr(compare, "work", passkey_worker.note)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    before = signal.getsignal(signal.SIGTERM)
+    each = compare.all_settings(TINY, ["power", "longnet", "dilated"], [0])
+    compare.compare(each, tmp_path / "runs", tmp_path, None, 1, QUIET)
+    assert signal.getsignal(signal.SIGTERM) is before and os.environ.get("CUDA_VISIBLE_DEVICES") == visible
+    noted = sorted(
+        (json.loads(path.read_text()) for path in tmp_path.glob("*.json")), key=lambda one: one["gpu"]
+    )
+    assert noted == [
+        {"gpu": gpus[0], "share": [["power", 0, "power-0"], ["dilated", 0, "dilated-0"]]},
+        {"gpu": gpus[1], "share": [["longnet", 0, "longnet-0"]]},
+    ]
+    failing = compare.all_settings(TINY, ["power"], [0, passkey_worker.FAILING_SEED])
+    with pytest.raises(Stopped, match="1 of 2 processes ended early"):
+        compare.compare(failing, tmp_path / "runs", tmp_path, None, 1, QUIET)
 
 
 @pytest.mark.parametrize("gpu, expected", [(True, "gpu"), (False, "cpu")])
