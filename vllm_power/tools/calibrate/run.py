@@ -10,8 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from vllm_power import options
 from vllm_power.hf import layers
 from vllm_power.tools.calibrate import choose, report
-from vllm_power.tools.calibrate.measure import Probe
-from vllm_power.tools.calibrate.text import windows
+from vllm_power.tools.calibrate.measure import Probe, windows
 from vllm_power.tools.common.command_options import json_object
 from vllm_power.tools.common.tokenizer import tokenizer_of
 
