@@ -8,8 +8,8 @@ from rich.console import Console
 from vllm_power.tools.common import cpu_memory
 from vllm_power.tools.common.cpu_memory import free_bytes, kv_cache_arguments
 from vllm_power.tools.common.ended import ended
+from vllm_power.tools.common.failure import show
 from vllm_power.tools.common.first_error import first_error
-from vllm_power.tools.common.server_console import show_failure
 from vllm_power.tools.common.vllm_server import ServerFailed
 
 CORE = "(EngineCore pid=71) ERROR 11-25 03:40:17 [core.py:1183] "
@@ -94,7 +94,7 @@ def test_a_long_error_is_cut(log):
 )
 def test_a_failure_shows_the_cause_and_the_log(log, capsys, text, shown):
     path = log(text)
-    show_failure(Console(width=40), ServerFailed("the server ended with status 1", 1, path))
+    show(Console(width=40), ServerFailed("the server ended with status 1", 1, path))
     out = capsys.readouterr().out
     assert "ended with status 1" in out and shown in out and str(path) in out
     assert "See root cause" not in out

@@ -128,8 +128,8 @@ def stop(process: subprocess.Popen[Any], grace: float) -> None:
 def vllm_executable() -> str:
     """Return the `vllm` command of this Python environment.
 
-    It is next to Python, or in the folder that `pip install --target` filled and PYTHONPATH names. Not `python -m vllm`,
-    which puts the current directory, with folders of any name, on the import path.
+    It is next to Python, or in the folder that `pip install --target` filled and PYTHONPATH names. `python -m vllm` would
+    put the current directory, with folders of any name, on the import path.
     Raises VllmMissing if it is not there, or cannot start because no distribution is called vllm.
     """
     installed = list(distributions(name="vllm"))
@@ -138,9 +138,7 @@ def vllm_executable() -> str:
     remedy = "vllm-power doctor says how to install it"
     command = next((command for command in commands if command.exists()), None)
     if command is None:
-        raise VllmMissing(
-            f"vLLM is not installed here: there is no vllm command in {usual.parent}; {remedy}"
-        )
+        raise VllmMissing(f"vLLM is not installed here: there is no vllm command in {usual.parent}; {remedy}")
     if not installed:
         raise VllmMissing(f"vLLM is not installed here under the name vllm, which it asks for; {remedy}")
     return str(command)

@@ -14,7 +14,8 @@ from rich.console import Console
 
 from vllm_power.pattern import POWER
 from vllm_power.tools.common.cpu_memory import kv_cache_arguments, serves_on_cpu
-from vllm_power.tools.common.server_console import Progress, show_failure
+from vllm_power.tools.common.failure import show
+from vllm_power.tools.common.progress import Progress
 from vllm_power.tools.common.vllm_server import Server, ServerFailed, serve
 from vllm_power.tools.demo import passkeys
 from vllm_power.tools.demo.requests import Answer, answers
@@ -34,7 +35,7 @@ def run(model: str | None, backend: str, tokens: int | None) -> int:
         else:
             ask_two_things(model, backend, tokens or LONG_TOKENS)
     except ServerFailed as failure:
-        show_failure(console, failure)
+        show(console, failure)
         return 1
     except KeyboardInterrupt:
         console.print("Interrupted; the server is stopped.")

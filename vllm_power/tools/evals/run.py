@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from vllm_power.tools.common.server_console import show_failure
+from vllm_power.tools.common import failure as failures
 from vllm_power.tools.common.vllm_server import ServerFailed, VllmMissing
 from vllm_power.tools.evals import gate, logprobs, report, ruler, runner, token_passkey
 from vllm_power.tools.evals.endpoint import Endpoint, Model
@@ -55,7 +55,7 @@ def run(job: Job) -> int:
         console.print(f"Failed: {error}.", style="red", markup=False, soft_wrap=True)
         return 2
     except ServerFailed as failure:
-        show_failure(console, failure)
+        failures.show(console, failure)
         return 2
     except KeyboardInterrupt:
         console.print("Interrupted. The same command resumes here.")

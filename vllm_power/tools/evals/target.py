@@ -11,7 +11,7 @@ from rich.console import Console
 
 from vllm_power.tools.common.cpu_memory import kv_cache_arguments
 from vllm_power.tools.common.first_error import first_error
-from vllm_power.tools.common.server_console import Progress
+from vllm_power.tools.common.progress import Progress
 from vllm_power.tools.common.vllm_server import serve
 from vllm_power.tools.evals.settings import EvalError
 

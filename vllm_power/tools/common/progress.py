@@ -1,4 +1,4 @@
-"""What a command shows of a server: progress while it starts, and why it failed."""
+"""Progress while a server starts: a live line in a terminal, otherwise a line every ten seconds."""
 
 import re
 from types import TracebackType
@@ -6,18 +6,12 @@ from types import TracebackType
 from rich.console import Console
 from rich.markup import escape
 
-from vllm_power.tools.common.first_error import first_error
-from vllm_power.tools.common.vllm_server import ServerFailed, last_lines
-
 SECONDS_BETWEEN_LINES = 10.0
 LOG_PREFIX = re.compile(r"^.*?\[[\w.]+:\d+\] ")  # "(Worker pid=7) INFO 11-23 19:31:25 [file.py:68] "
 
 
 class Progress:
-    """A live line in a terminal, otherwise a line every ten seconds.
-
-    A context manager; call it repeatedly with the elapsed seconds and the last line of the log.
-    """
+    """A context manager; call it repeatedly with the elapsed seconds and the last line of the log."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -45,22 +39,3 @@ class Progress:
     def stop(self) -> None:
         """Remove the live line."""
         self.status.stop()
-
-
-def show_failure(console: Console, failure: ServerFailed) -> None:
-    """Print why a server failed: its first error's own sentence, and where the whole log is.
-
-    If no error is found in its log, print the end of the log.
-    """
-
-    def say(line: str, style: str | None = None) -> None:
-        console.print(line, style=style, markup=False, soft_wrap=True)
-
-    say(f"Failed: {failure}.", "red")
-    if cause := first_error(failure.log):
-        say(f"  {cause}")
-        say(f"The whole log: {failure.log}")
-    else:
-        say(f"The end of {failure.log}:")
-        for line in last_lines(failure.log, 25):
-            say("  " + line, "dim")
