@@ -128,8 +128,8 @@ def stop(process: subprocess.Popen[Any], grace: float) -> None:
 def vllm_executable() -> str:
     """Return the `vllm` command of this Python environment.
 
-    It is next to Python, or in the folder that `pip install --target` filled and PYTHONPATH names. `python -m vllm` would
-    put the current directory, with folders of any name, on the import path.
+    It is next to Python, or in the folder that `pip install --target` filled and PYTHONPATH names.
+    `python -m vllm` would put the current directory, with folders of any name, on the import path.
     Raises VllmMissing if it is not there, or cannot start because no distribution is called vllm.
     """
     installed = list(distributions(name="vllm"))
