@@ -228,9 +228,9 @@ def test_interrupting_the_demo_stops_the_server(tmp_path, number):
     program.write_text(STAND_IN.format(python=sys.executable))
     program.chmod(0o755)
     code = (
-        "import sys; from vllm_power.tools.common import vllm_server as server; from vllm_power.tools.demo import run;"
+        "import sys; from vllm_power.tools import cli; from vllm_power.tools.common import vllm_server as server;"
         f"server.vllm_executable = lambda: {str(program)!r};"
-        "sys.exit(run.run('--never', 'power', None))"
+        "sys.argv = ['vllm-power', 'demo', '--model=--never']; cli.main()"
     )
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     demo = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.DEVNULL)

@@ -196,6 +196,19 @@ def test_a_loss_that_is_not_a_number_stops_a_run(
     assert not list((tmp_path / "out").glob("checkpoints/checkpoint-*"))
 
 
+@pytest.mark.parametrize("embeddings", [False, True])
+def test_what_is_trained(
+    embeddings: bool, settings: Callable[..., Settings], model: Path, tmp_path: Path
+) -> None:
+    """The layers; embeddings and head only if they are asked for: AdamW would move the rows of absent tokens too."""
+    run(settings(embeddings=embeddings, stages=stages_of("128:1steps"), eval_tokens=0), tmp_path)
+    before, after = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (model, tmp_path))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    outside = {"model.embed_tokens.weight", "lm_head.weight"}
+    assert changed - outside == before.keys() - outside
+    assert changed & outside == (outside if embeddings else set())
+
+
 @pytest.mark.slow
 def test_a_run_by_lists(
     settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

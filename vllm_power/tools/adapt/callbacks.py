@@ -18,18 +18,20 @@ from transformers import TrainerCallback
 from vllm_power.tools.adapt.settings import Settings
 
 REMEMBERED = 20  # steps whose median loss is what a spike is measured against
+LASTING = 5  # steps in a row: what lasts less comes from the data, and leaves the weights as they were
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Sound(TrainerCallback):
-    """Raises FloatingPointError if a loss is not a number or far above those before it.
+    """Raises FloatingPointError if a loss is not a number, or stays far above those before it.
 
-    That is before a checkpoint of the step could be written.
+    That is before a checkpoint of the step could be written. While it is above, no checkpoint is written either.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.before: deque[float] = deque(maxlen=REMEMBERED)
+        self.above = 0  # steps in a row
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **named: Any) -> None:
         self.before.extend(entry["loss"] for entry in state.log_history[-REMEMBERED:] if "loss" in entry)
@@ -46,12 +48,17 @@ class Sound(TrainerCallback):
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise FloatingPointError(f"loss {loss}, gradient norm {norm} {where}. {remedy}")
         usual = median(self.before) if len(self.before) == REMEMBERED else math.inf
-        if loss > self.settings.spike * usual:
+        if loss <= self.settings.spike * usual:
+            self.above = 0
+            self.before.append(loss)
+            return
+        self.above += 1
+        control.should_save = False
+        if self.above == LASTING:
             raise FloatingPointError(
-                f"the loss leapt to {loss:.3f} {where}; of the {REMEMBERED} steps before the median was {usual:.3f}. "
-                f"{remedy} If it may leap, raise --spike."
+                f"the loss is {loss:.3f} {where}, far above for {LASTING} steps in a row; of {REMEMBERED} steps before "
+                f"the median was {usual:.3f}. {remedy} If it may rise, raise --spike."
             )
-        self.before.append(loss)
 
 
 class Stop(TrainerCallback):

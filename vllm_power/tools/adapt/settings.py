@@ -71,6 +71,7 @@ class Settings:
     warmup: float = 0.03
     weight_decay: float = 0.1
     lora: int = 0
+    embeddings: bool = False
     precision: str = "bf16"
     eval_tokens: int = 262_144
     spike: float = 2.0

@@ -73,7 +73,7 @@ def train(
 
 
 def load(settings: Settings, options: PatternOptions, device: torch.device) -> tuple[Any, Planner | None]:
-    """The model to train: all weights in float32, or in the precision of the run with adapters in float32.
+    """The model to train: its weights in float32, or in the precision of the run with adapters in float32.
 
     And what plans its batches, if the kernels can do all of it on ``device``. Raises ValueError if ``distill``
     is asked of a model whose logits are more than its head's product.
@@ -98,6 +98,10 @@ def load(settings: Settings, options: PatternOptions, device: torch.device) -> t
         teacher = as_teacher(original, device)
         if planner is not None:
             compile_layers(original)
+    if not (settings.lora or settings.embeddings):
+        # Adam moves the rows of tokens that the data lack as far as those of frequent ones, by gradients near zero.
+        for part in (model.get_input_embeddings(), model.get_output_embeddings()):
+            part.requires_grad_(False)
     if plain:
         speed_up(model, options, settings.dtype, teacher=teacher, share=settings.distill)
     else:

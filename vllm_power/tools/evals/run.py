@@ -1,8 +1,6 @@
 """What `vllm-power eval` does: reach or start the model, ask what was not asked yet, and write the reports."""
 
 import asyncio
-import signal
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -48,7 +46,6 @@ class Job:
 
 def run(job: Job) -> int:
     """Evaluate and return the exit status: 0, 1 where the gate has fallen, 2 after an error, 130 after Ctrl-C."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that servers are stopped then too
     try:
         return evaluate(job)
     except (EvalError, VllmMissing) as error:
