@@ -8,7 +8,7 @@ reuses them, so later prompts may still find them.
 Written against vllm/v1/core/single_type_kv_cache_manager.py and vllm/v1/kv_cache_spec_registry.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import chain
 from typing import Any
@@ -22,8 +22,10 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request
 
 from vllm_power import options
+from vllm_power.dense_requests import is_dense
 from vllm_power.lifetimes import Lifetimes, lifetimes
-from vllm_power.pattern import Pattern
+from vllm_power.pattern import ENDLESS, Pattern
+from vllm_power.prefix_hashes import are_dense_request
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,7 @@ class PowerAttentionSpec(AttentionSpec):
     max_model_len: the longest sequence. max_in_flight_tokens: the most tokens of steps that are not settled yet.
     lookahead_tokens: how far past the last token speculative decoding may query.
     dense_tail: how many last tokens of a prompt see everything. If not 0, blocks live until the prompt ends.
+    dense_requests: whether requests may ask that all their rows see everything. Then all their blocks live on.
     """
 
     pattern: Pattern
@@ -40,10 +43,13 @@ class PowerAttentionSpec(AttentionSpec):
     max_in_flight_tokens: int
     lookahead_tokens: int
     dense_tail: int = 0
+    dense_requests: bool = False
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         """Peak bytes of one request of max_model_len tokens. vLLM sizes the cache and reports concurrency by it."""
-        return self.peak_pages(0, vllm_config.model_config.max_model_len) * self.page_size_bytes
+        longest = vllm_config.model_config.max_model_len
+        pages = -(-longest // self.block_size) if self.dense_requests else self.peak_pages(0, longest)
+        return pages * self.page_size_bytes
 
     @property
     def pages_per_block(self) -> int:
@@ -102,6 +108,7 @@ class PowerAttentionManager(SingleTypeKVCacheManager):
         super().__init__(kv_cache_spec, **kwargs)
         self.prefix_caching: bool = kwargs["enable_caching"]
         self.requests: dict[str, _Request] = {}
+        self.known_requests: Mapping[str, Request] = {}  # those of the scheduler, by their ids
         self.num_reclaimed = 0  # pages returned early, of all requests so far
 
     # --- what vLLM calls ----------------------------------------------------------------------------------------
@@ -153,7 +160,7 @@ class PowerAttentionManager(SingleTypeKVCacheManager):
             False,
             prefill_end,
         )
-        if not apply_admission_cap:
+        if not apply_admission_cap or self._keeps_all(request_id):
             return needed
         known = self.requests.get(request_id) or _Request(self.kv_cache_spec.max_model_len)
         peak = self.kv_cache_spec.peak_pages(known.query_block, known.num_tokens)
@@ -193,8 +200,8 @@ class PowerAttentionManager(SingleTypeKVCacheManager):
         )
         last = (spec.max_model_len - 1) // spec.pattern.block_size
         last_reader = lifetimes(spec.pattern, last).last_reader
-        if spec.dense_tail:
-            last_reader = (last,) * len(last_reader)  # the prompt's tail reads all of it
+        if spec.dense_tail or are_dense_request(block_hashes):
+            last_reader = (last,) * len(last_reader)  # the prompt's tail, or every row, reads all of it
         num_pages = min(max_length // page_size, len(block_hashes))
         cached: list[Sequence[KVCacheBlock] | None] = []
         hits = [0, 0]  # in pages: the longest so far and the one before it
@@ -223,16 +230,23 @@ class PowerAttentionManager(SingleTypeKVCacheManager):
 
     # --- helpers ------------------------------------------------------------------------------------------------
 
+    def _keeps_all(self, request_id: str) -> bool:
+        """Whether the request asked that all its rows see everything, so that none of its blocks dies."""
+        request = self.known_requests.get(request_id) if self.kv_cache_spec.dense_requests else None
+        return request is not None and is_dense(request.sampling_params)
+
     def _meet(self, request: Request) -> _Request:
         """Record the maximum length of a request at its first allocation. Pages that its prefix hit skips are null."""
         limit = kept_until = self.kv_cache_spec.max_model_len
         if not getattr(request, "resumable", False):  # a resumable request may get more prompt later
             limit = min(limit, request.num_prompt_tokens + request.max_tokens)
             kept_until = request.num_prompt_tokens
+        if not self.kv_cache_spec.dense_tail:
+            kept_until = 0
+        if self._keeps_all(request.request_id):
+            kept_until = ENDLESS
         num_null = sum(page.is_null for page in self.req_to_blocks[request.request_id])
-        self.requests[request.request_id] = met = _Request(
-            limit, kept_until if self.kv_cache_spec.dense_tail else 0, num_null
-        )
+        self.requests[request.request_id] = met = _Request(limit, kept_until, num_null)
         self.num_cached_block.setdefault(
             request.request_id, 0
         )  # lets vLLM take its shorter path for running requests
@@ -277,12 +291,14 @@ def configure(vllm_config: VllmConfig) -> None:
         return  # the settings of the target model apply to its draft model
     _settings = None
     if why_not(vllm_config) is None:
+        asked = options.of_config(vllm_config)
         _settings = {
-            "pattern": options.of_config(vllm_config).effective_pattern,
+            "pattern": asked.effective_pattern,
             "max_model_len": vllm_config.model_config.max_model_len,
             "max_in_flight_tokens": vllm_config.max_in_flight_tokens,
             "lookahead_tokens": vllm_config.num_speculative_tokens + vllm_config.num_lookahead_tokens,
-            "dense_tail": options.of_config(vllm_config).dense_tail,
+            "dense_tail": asked.dense_tail,
+            "dense_requests": asked.dense_requests,
         }
 
 

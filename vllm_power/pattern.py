@@ -15,8 +15,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import count, takewhile
+from typing import Literal, get_args
 
-NAMES = ("power", "sliding_window", "stride_slash", "dilated", "longnet", "full")
+PatternName = Literal["power", "sliding_window", "stride_slash", "dilated", "longnet", "full"]
+NAMES: tuple[str, ...] = get_args(PatternName)
 
 ENDLESS = 2**31 - 1  # more blocks than any sequence has; fits an int32
 
@@ -283,6 +285,10 @@ def preset(name: str, **changes: int) -> Pattern:
 POWER = preset("power")
 
 
+# Instead of a prompt length: the request asked that all its rows see everything.
+EVERY_ROW = -1
+
+
 @dataclass(frozen=True)
 class RowRule:
     """Which rows (query tokens) of a request see every earlier token instead of the pattern.
@@ -291,12 +297,14 @@ class RowRule:
 
     dense_tail: how many last tokens of the prompt see everything, 0 for none.
     dense_decode: whether every token after the prompt sees everything.
+    on_request: whether a request may ask that all its rows see everything. Its prompt length is then ``EVERY_ROW``.
 
     Raises ValueError for a negative ``dense_tail``.
     """
 
     dense_tail: int = 0
     dense_decode: bool = False
+    on_request: bool = False
 
     def __post_init__(self) -> None:
         if self.dense_tail < 0:
@@ -306,10 +314,12 @@ class RowRule:
 
     @property
     def has_dense_rows(self) -> bool:
-        return self.dense_tail > 0 or self.dense_decode
+        return self.dense_tail > 0 or self.dense_decode or self.on_request
 
     def dense_rows(self, prompt_tokens: int) -> tuple[int, int]:
         """The positions [start, end) whose rows see everything; ``end`` is ``ENDLESS`` with ``dense_decode``."""
+        if prompt_tokens == EVERY_ROW:
+            return 0, ENDLESS
         return max(0, prompt_tokens - self.dense_tail), ENDLESS if self.dense_decode else prompt_tokens
 
     def sees_everything(self, position: int, prompt_tokens: int) -> bool:
