@@ -96,7 +96,7 @@ def live(request: Request) -> dict[str, Any]:
 
 @json.get("/pattern")
 def pattern(drawing: Annotated[Drawing, Query()]) -> dict[str, Any]:
-    """What to draw of a pattern over a sequence (``server/drawing.py``)."""
+    """What to draw of a pattern over a sequence (``drawing.py``)."""
     return draw(drawing)
 
 
