@@ -50,7 +50,7 @@ class PowerPlatform:
 
     @classmethod
     def validate_request(cls, processed_inputs: Any, params: Any) -> None:
-        """Called for each request in the API process. vLLM answers a ValueError with HTTP status 400."""
+        """Called for each request in the API process. A refusal is answered with HTTP status 400."""
         super().validate_request(processed_inputs, params)  # type: ignore[misc]
         if PowerPlatform.offers_dense is not None:
             refusals.check_request(params, PowerPlatform.offers_dense)

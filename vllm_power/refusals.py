@@ -123,19 +123,21 @@ def check_causal(step: Any) -> None:
 
 
 def check_request(params: Any, offers_dense: bool) -> None:
-    """Refuse a request (its vLLM SamplingParams) that asks for what is not served. Raises ValueError.
+    """Refuse a request (its vLLM SamplingParams) that asks for what is not served. Raises VLLMValidationError.
 
     offers_dense: whether requests may ask that all their rows see everything.
     """
     asked = dense_requests.asked_of(params)
     if asked is None:
         return
+    from vllm.exceptions import VLLMValidationError  # vLLM answers any other with status 500
+
     if asked != dense_requests.DENSE:
-        raise ValueError(
+        raise VLLMValidationError(
             f'vllm_xargs.{dense_requests.KEY} must be "{dense_requests.DENSE}" or left out, not {asked!r}'
         )
     if not offers_dense:
-        raise ValueError(
+        raise VLLMValidationError(
             f'this server does not serve vllm_xargs.{dense_requests.KEY} "{dense_requests.DENSE}": start it with '
             '--additional-config \'{"power": {"dense_requests": true}}\', or leave it out'
         )

@@ -1,4 +1,4 @@
-"""Requests that ask that all their rows see everything, beside others, in a running engine.
+"""Requests that ask that all their rows see everything, and others with them, in a running engine.
 
 Held to transformers under an explicit mask, as the other dense rows are.
 """
