@@ -89,7 +89,7 @@ def test_a_dense_request_beside_another(client: openai.OpenAI, model: Path) -> N
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 def test_another_value_is_refused(stream: bool, client: openai.OpenAI) -> None:
     refusal = openai.APIError if stream else openai.BadRequestError
-    with pytest.raises(refusal, match='vllm_xargs.power must be "dense" or left out, not'):
+    with pytest.raises(refusal, match=r'vllm_xargs\.power must be "dense" or left out, not'):
         list(complete(client, PROMPTS[1], 1, stream, power="sparse"))
 
 

@@ -67,8 +67,8 @@ def serve(
     dense: Sequence[int] = (),
 ) -> Served:
     """Serve ``prompts`` together, with ``n`` samples of each; request i is aborted after ``abort_after[i]`` steps, if
-    it is named there, and all running requests are preempted before the steps ``preempt_at``. Those of ``dense`` ask that
-    all their rows see everything.
+    it is named there, and all running requests are preempted before the steps ``preempt_at``. Those of ``dense`` ask
+    that all their rows see everything.
 
     All pages that nobody holds are NaN in every step.
     """
