@@ -65,7 +65,7 @@ def run(
                 progress.update(line, completed=last.get("done", len(tasks) * n))
             measured = report.Measured(label, last["mode"], last["options"], last["right"])
             found.append(measured)
-            results.append("recall", list(_rows(name, context, seed, measured)), folder, last["here"])
+            results.append("recall", list(_rows(name, context, seed, text, measured)), folder, last["here"])
             report.write_answers(folder / "answers.jsonl", name, measured, last["answers"])
     report.show(console, name, context, found)
     drawn = report.plot(f"{name}, {context:,} tokens", found, folder / "recall.svg")
@@ -83,7 +83,9 @@ def _settings(power: tuple[str, ...], dense: bool) -> list[tuple[str, dict[str, 
     return found
 
 
-def _rows(model: str, context: int, seed: int, measured: report.Measured) -> Iterator[results.Row]:
+def _rows(
+    model: str, context: int, seed: int, text: Path | None, measured: report.Measured
+) -> Iterator[results.Row]:
     for task, right in measured.right.items():
         yield {
             "model": model,
@@ -94,4 +96,5 @@ def _rows(model: str, context: int, seed: int, measured: report.Measured) -> Ite
             "correct": sum(right),
             "total": len(right),
             "seed": seed,
+            "text": None if text is None else text.name,
         }
