@@ -21,19 +21,18 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_power import compat
-from vllm_power.kv_cache import PowerAttentionManager, PowerAttentionSpec
+from vllm_power.kv_cache import PowerAttentionManager, PowerAttentionSpec, kernel_pages
 from vllm_power.lifetimes import lifetimes
 from vllm_power.pattern import Pattern, preset
 
 BLOCK, PAGE, MAX_LEN, POOL = 32, 16, 1024, 90
 CHUNK, DRAFTS = 96, 3
 init_none_hash(sha256)
-HASHER = get_request_block_hasher(PAGE, sha256)
 
 
-def make_spec(name="power", max_in_flight=2 * CHUNK, lookahead=DRAFTS) -> PowerAttentionSpec:
+def make_spec(name="power", max_in_flight=2 * CHUNK, lookahead=DRAFTS, page=PAGE) -> PowerAttentionSpec:
     return PowerAttentionSpec(
-        block_size=PAGE,
+        block_size=page,
         num_kv_heads=1,
         head_size=64,
         dtype=torch.float32,
@@ -47,12 +46,14 @@ def make_spec(name="power", max_in_flight=2 * CHUNK, lookahead=DRAFTS) -> PowerA
 def make_manager(*specs, num_pages=POOL, caching=True) -> KVCacheManager:
     groups = [KVCacheGroupSpec([f"layer.{number}"], spec) for number, spec in enumerate(specs)]
     config = KVCacheConfig(num_pages, [], groups)
-    return KVCacheManager(config, MAX_LEN, PAGE, PAGE, max_in_flight_tokens=2 * CHUNK, enable_caching=caching)
+    page = specs[0].block_size
+    return KVCacheManager(config, MAX_LEN, page, page, max_in_flight_tokens=2 * CHUNK, enable_caching=caching)
 
 
-def make_request(name, prompt, max_tokens) -> Request:
+def make_request(name, prompt, max_tokens, page=PAGE) -> Request:
+    hasher = get_request_block_hasher(page, sha256)
     return Request(
-        name, prompt, SamplingParams(max_tokens=max_tokens, ignore_eos=True), None, block_hasher=HASHER
+        name, prompt, SamplingParams(max_tokens=max_tokens, ignore_eos=True), None, block_hasher=hasher
     )
 
 
@@ -65,8 +66,9 @@ class Worker:
     tables: the page table of a request in each group of layers.
     """
 
-    def __init__(self, pages: int, patterns: list[Pattern]) -> None:
-        self.slots: list[list[object]] = [[None] * PAGE for _ in range(pages)]
+    def __init__(self, pages: int, page: int, patterns: list[Pattern]) -> None:
+        self.page = page
+        self.slots: list[list[object]] = [[None] * page for _ in range(pages)]
         self.patterns = patterns
         self.tables: dict[str, list[list[int]]] = {}
 
@@ -77,28 +79,30 @@ class Worker:
         ]
         for pattern, table in zip(self.patterns, self.tables[request.request_id], strict=True):
             for position in range(first, first + new):
-                self.slots[table[position // PAGE]][position % PAGE] = prefixes[position]
+                self.slots[table[position // self.page]][position % self.page] = prefixes[position]
             for q in range(first // BLOCK, (first + new - 1) // BLOCK + 1):
                 for block in pattern.visible_blocks(q):
                     for position in range(block * BLOCK, min((block + 1) * BLOCK, first + new)):
-                        assert self.slots[table[position // PAGE]][position % PAGE] == prefixes[position]
+                        page = self.slots[table[position // self.page]]
+                        assert page[position % self.page] == prefixes[position]
 
 
 class Reclamation(RuleBasedStateMachine):
     name = "power"
     caching = True
     dense_group = False  # a second group of layers, which keep full attention
+    page = PAGE
     pool = POOL
 
     def __init__(self) -> None:
         super().__init__()
-        self.spec = make_spec(self.name)
-        specs = [FULL, self.spec] if self.dense_group else [self.spec]
+        self.spec = make_spec(self.name, page=self.page)
+        specs = [FULL.copy_with_new_block_size(self.page), self.spec] if self.dense_group else [self.spec]
         self.manager = make_manager(*specs, num_pages=self.pool, caching=self.caching)
         self.managers = self.manager.coordinator.single_type_managers
         self.ours: PowerAttentionManager = self.managers[-1]
         patterns = [preset("full", block_size=BLOCK), self.spec.pattern][-len(specs) :]
-        self.worker = Worker(self.pool, patterns)
+        self.worker = Worker(self.pool, self.page, patterns)
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.ids = itertools.count()
@@ -109,7 +113,7 @@ class Reclamation(RuleBasedStateMachine):
     def arrive(self, family, length, output):
         length = min(length, MAX_LEN - 1)
         prompt = [family] * (length // 2) + list(range(length - length // 2))
-        self.waiting.append(make_request(f"r{next(self.ids)}", prompt, output))
+        self.waiting.append(make_request(f"r{next(self.ids)}", prompt, output, self.page))
 
     @precondition(lambda self: self.waiting)
     @rule()
@@ -226,9 +230,11 @@ class Reclamation(RuleBasedStateMachine):
             last_query = min(MAX_LEN, request.num_prompt_tokens + request.max_tokens) - 2 + DRAFTS
             lives = lifetimes(self.spec.pattern, min(last_query, MAX_LEN - 1) // BLOCK)
             for page, block in enumerate(blocks):
-                number = page * PAGE // BLOCK
-                if number < passed:
-                    assert block.is_null == (lives.last_reader[number] < passed)
+                first, end = page * self.page // BLOCK, ((page + 1) * self.page - 1) // BLOCK
+                if end < passed:
+                    assert block.is_null == all(lives.last_reader[b] < passed for b in range(first, end + 1))
+                elif first < len(lives.last_reader):
+                    assert first >= passed or not block.is_null
 
     def teardown(self):
         for request in list(self.running):
@@ -249,6 +255,10 @@ def machine(examples: int, **attributes):
 TestPower = machine(60)
 TestPowerWithoutPrefixCaching = machine(20, caching=False)
 TestPowerBesideDenseLayers = machine(30, dense_group=True, pool=140)
+TestPagesLargerThanABlock = machine(20, page=2 * BLOCK, pool=POOL // 2)
+TestPagesThatNoBlockDivides = machine(30, page=3 * PAGE, pool=POOL // 2)
+TestLargePagesBesideDenseLayers = machine(20, page=5 * PAGE, dense_group=True, pool=50)
+TestLongnetInLargePages = machine(10, page=5 * PAGE, name="longnet", pool=POOL // 2)
 TestSlidingWindow = machine(10, name="sliding_window")
 TestStrideSlash = machine(10, name="stride_slash")
 TestDilated = machine(10, name="dilated")
@@ -350,10 +360,20 @@ def test_vllms_own_specs_are_still_registered():
     assert KVCacheSpecRegistry.get_manager_class(make_spec()) is PowerAttentionManager
 
 
-def test_a_page_larger_than_a_block_is_refused():
-    spec = make_spec().copy_with_new_block_size(2 * BLOCK)
-    with pytest.raises(ValueError, match="smaller --block-size"):
-        spec.peak_pages(0, MAX_LEN)
+@pytest.mark.parametrize("page", [16, 32, 48, 64, 80, 96])
+def test_pages_and_blocks(page):
+    """Which pages a block touches, and which blocks a page, token by token."""
+    spec = make_spec(page=page)
+    blocks = range(MAX_LEN // BLOCK)
+    touched = [{token // page for token in range(b * BLOCK, (b + 1) * BLOCK)} for b in blocks]
+    assert [set(spec.pages_of(b)) for b in blocks] == touched
+    assert spec.most_pages_per_block == max(map(len, touched))
+    for number in range(MAX_LEN // page):
+        assert set(spec.blocks_of(number)) == {b for b in blocks if number in touched[b]}
+
+
+def test_kernels_see_pages_that_divide_the_block():
+    assert kernel_pages((16, 32, 64, 128), make_spec(page=48)) == [16, 32]
 
 
 def test_kv_events_name_the_kind_of_our_blocks():

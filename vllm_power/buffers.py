@@ -11,7 +11,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.v1.attention.backend import max_decode_query_len
 
-from vllm_power import options
+from vllm_power import options, refusals
 from vllm_power.kernels import decode
 from vllm_power.kernels.plan import VisibleBlocks
 from vllm_power.kernels.plan_gpu import PlanBuilder
@@ -68,7 +68,7 @@ def reserve(
     vLLM also runs layers without metadata later, after the first builder has taken the buffers: then this does nothing.
     """
     if id(vllm_config) not in _reserved:
-        page_size = vllm_config.cache_config.block_size
+        page_size = refusals.kernel_page(vllm_config, on_cpu=False)
         weakref.finalize(vllm_config, _reserved.pop, id(vllm_config), None)
         _reserved[id(vllm_config)] = StepBuffers(
             vllm_config, num_heads, num_kv_heads, head_size, page_size, device

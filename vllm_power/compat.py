@@ -95,6 +95,20 @@ def tell_kv_cache_kind(spec: type) -> None:
         module.get_kv_cache_spec_kind = kind_of
 
 
+def replace_backend(layer: Any, backend: Any, implementation: Any) -> None:
+    """Make a built attention layer run another backend. Call this before vLLM asks the layer for its KV cache spec.
+
+    Why: vLLM chooses a layer's backend by its shapes and its kind (model_executor/layers/attention/attention.py), not by
+    its index, so a layer that stays dense has to be changed after it was built.
+    Symptom: ``dense_layers`` and layers that draft run the pattern.
+    Remove when: the selector of attention backends receives the layer's name.
+    """
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    layer.attn_backend, layer.impl = backend, implementation
+    layer.backend = AttentionBackendEnum[backend.get_name()]
+
+
 def tell_prompt_lengths() -> None:
     """Make vLLM's model runners tell our builders each request's prompt length, or ``EVERY_ROW`` if it asked for that.
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from vllm.config import VllmConfig
-from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backend import CommonAttentionMetadata, MultipleOf
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
@@ -49,6 +49,10 @@ class PowerCpuBackend(CPUAttentionBackend):
     @classmethod
     def supports_sliding_window(cls) -> bool:
         return False  # such layers use vLLM's CPU backend
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: object = None) -> list[int | MultipleOf]:
+        return [*kv_cache.kernel_pages(refusals.CPU_PAGES, kv_cache_spec)]
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:

@@ -76,7 +76,7 @@ class PowerBackend(AttentionBackend):
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: object = None) -> list[int | MultipleOf]:
-        return [16, 32, 64, 128, 256]
+        return [*kv_cache.kernel_pages(refusals.GPU_PAGES, kv_cache_spec)]
 
     @classmethod
     def get_preferred_block_size(cls, default_block_size: int) -> int:

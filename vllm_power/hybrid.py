@@ -18,7 +18,6 @@ from vllm.model_executor.layers.attention.chunked_local_attention import (
 from vllm.platforms import current_platform
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.backend import AttentionBackend
-from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.selector import AttentionSelectorConfig
 
 from vllm_power import compat, kv_cache, refusals
@@ -72,6 +71,5 @@ class LayerImpl:
             )
             implementation = backend.get_impl_cls()(*self.arguments, **self.extra_arguments)
         refusals.check_dense_layer(implementation, self.kv_cache_dtype)
-        layer.attn_backend, layer.impl = backend, implementation
-        layer.backend = AttentionBackendEnum[backend.get_name()]
+        compat.replace_backend(layer, backend, implementation)
         return backend

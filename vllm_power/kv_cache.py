@@ -1,4 +1,7 @@
-"""Exact reclamation: a KV block is returned to vLLM's pool when no later query of its request can see it.
+"""Exact reclamation: a page is returned to vLLM's pool when no later query of its request can see a block in it.
+
+A page may be smaller or larger than a block, and need not divide it: vLLM enlarges the pages of hybrid models to the
+size of a Mamba state, and the kernels then see each page as several of their own (``kernel_pages``).
 
 vLLM asks the backend for a layer's KV cache spec and looks up the manager of that spec in its registry. Our spec is a
 separate kind, neither full attention (prefix hits have holes) nor a sliding window (the holes are in the middle). The
@@ -8,9 +11,12 @@ reuses them, so later prompts may still find them.
 Written against vllm/v1/core/single_type_kv_cache_manager.py and vllm/v1/kv_cache_spec_registry.py.
 """
 
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from itertools import chain
+from math import gcd
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -52,15 +58,24 @@ class PowerAttentionSpec(AttentionSpec):
         return pages * self.page_size_bytes
 
     @property
-    def pages_per_block(self) -> int:
-        """Raises ValueError if vLLM made the page larger than a block, to match another layer's page in bytes."""
-        if self.pattern.block_size % self.block_size:
-            raise ValueError(
-                f"vLLM chose pages of {self.block_size} tokens, which do not divide the pattern's block of "
-                f"{self.pattern.block_size}, because another layer's pages are larger. Use a smaller --block-size, "
-                'or {"power": {"reclaim": false}}.'
-            )
-        return self.pattern.block_size // self.block_size
+    def most_pages_per_block(self) -> int:
+        """The most pages that one block touches."""
+        block_size = self.pattern.block_size
+        return 1 + -(-(block_size - gcd(block_size, self.block_size)) // self.block_size)
+
+    def pages_of(self, block: int) -> range:
+        """The pages that hold tokens of ``block``."""
+        block_size = self.pattern.block_size
+        return range(block * block_size // self.block_size, -(-(block + 1) * block_size // self.block_size))
+
+    def blocks_of(self, page: int) -> range:
+        """The blocks of which ``page`` holds tokens."""
+        return _blocks_of(page, self.block_size, self.pattern.block_size)
+
+    def last_reader(self, page: int, last: int) -> int:
+        """The last query block up to ``last`` that reads ``page``, which holds no block after ``last`` alone."""
+        blocks = self.blocks_of(page)
+        return max(self.pattern.last_reader(block, last) for block in range(blocks.start, min(blocks.stop, last + 1)))
 
     def lifetimes(self, num_tokens: int) -> Lifetimes:
         """The lives of the blocks of a request that never exceeds ``num_tokens`` tokens."""
@@ -77,7 +92,7 @@ class PowerAttentionSpec(AttentionSpec):
             return -(-num_tokens // self.block_size)
         lives = self.lifetimes(num_tokens)
         in_flight = 1 + -(-self.max_in_flight_tokens // self.pattern.block_size)
-        peak = (lives.peak_from[min(query_block, lives.last)] + in_flight) * self.pages_per_block
+        peak = (lives.peak_from[min(query_block, lives.last)] + in_flight) * self.most_pages_per_block
         return min(peak, -(-num_tokens // self.block_size))
 
 
@@ -186,11 +201,11 @@ class PowerAttentionManager(SingleTypeKVCacheManager):
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
         """The longest prefix whose pages are all cached, as far as a query after it (up to max_model_len) can see them.
 
-        A missing page of block b rules out the hits that end after it while later queries still read b, but not longer
-        hits. Pages that no query after the hit sees are null in the result.
+        A missing page rules out the hits that end after it while later queries still read it, but not longer hits.
+        Pages that no query after the hit sees are null in the result.
         """
         spec = kv_cache_spec
-        page_size, pages_per_block = spec.block_size, spec.pages_per_block
+        page_size, block_size = spec.block_size, spec.pattern.block_size
         block_hashes = resolve_block_hashes(
             block_hashes,
             block_pool.hash_block_size,
@@ -198,10 +213,9 @@ class PowerAttentionManager(SingleTypeKVCacheManager):
             supports_fine_grained_hash_lookup=cls.supports_fine_grained_hash_lookup,
             alignment_tokens=alignment_tokens,
         )
-        last = (spec.max_model_len - 1) // spec.pattern.block_size
-        last_reader = lifetimes(spec.pattern, last).last_reader
-        if spec.dense_tail or are_dense_request(block_hashes):
-            last_reader = (last,) * len(last_reader)  # the prompt's tail, or every row, reads all of it
+        # The prompt's tail, or every row of a dense request, reads all of it.
+        reads_all = bool(spec.dense_tail) or are_dense_request(block_hashes)
+        last_reader = _last_readers(spec.pattern, spec.max_model_len, page_size, reads_all)
         num_pages = min(max_length // page_size, len(block_hashes))
         cached: list[Sequence[KVCacheBlock] | None] = []
         hits = [0, 0]  # in pages: the longest so far and the one before it
@@ -210,18 +224,16 @@ class PowerAttentionManager(SingleTypeKVCacheManager):
             pages = block_pool.get_cached_block(block_hashes[length - 1], kv_cache_group_ids)
             cached.append(pages)
             if pages is None:
-                ruled_out = max(
-                    ruled_out, (last_reader[(length - 1) // pages_per_block] + 1) * pages_per_block
-                )
+                ruled_out = max(ruled_out, -(-(last_reader[length - 1] + 1) * block_size // page_size))
                 if ruled_out > num_pages:
                     break
             if length >= ruled_out and length * page_size % alignment_tokens == 0:
                 hits = [length, hits[0]]
         hit = hits[1] if drop_eagle_block else hits[0]
-        query_block = hit // pages_per_block
+        query_block = hit * page_size // block_size
         needed = [
-            pages if last_reader[page // pages_per_block] >= query_block else None
-            for page, pages in enumerate(cached[:hit])
+            pages if reader >= query_block else None
+            for pages, reader in zip(cached[:hit], last_reader, strict=False)
         ]
         return tuple(
             [pages[group] if pages else block_pool.null_block for pages in needed]
@@ -254,16 +266,19 @@ class PowerAttentionManager(SingleTypeKVCacheManager):
         return met
 
     def _release(self, request_id: str, request: _Request, settled_tokens: int) -> None:
-        """Free the blocks that died since the last call."""
-        block_size = self.kv_cache_spec.pattern.block_size
+        """Free the pages whose last block died since the last call."""
+        spec = self.kv_cache_spec
+        block_size = spec.pattern.block_size
         query_block = settled_tokens // block_size
-        lives = self.kv_cache_spec.lifetimes(request.num_tokens)
+        lives = spec.lifetimes(request.num_tokens)
         pages = self.req_to_blocks[request_id]
-        pages_per_block = self.kv_cache_spec.pages_per_block
+        holds_one_block = block_size % spec.block_size == 0
         freed = []
         for dead in chain.from_iterable(lives.dying_after[request.query_block : query_block]):
-            for page in range(dead * pages_per_block, min((dead + 1) * pages_per_block, len(pages))):
-                if not pages[page].is_null:
+            for page in spec.pages_of(dead):
+                if page >= len(pages) or pages[page].is_null:
+                    continue
+                if holds_one_block or spec.last_reader(page, lives.last) < query_block:
                     freed.append(pages[page])
                     pages[page] = self._null_block
         self.block_pool.free_blocks(freed)
@@ -271,6 +286,26 @@ class PowerAttentionManager(SingleTypeKVCacheManager):
         request.next_release = (query_block + 1) * block_size
         request.num_null += len(freed)
         self.num_reclaimed += len(freed)
+
+
+def _blocks_of(page: int, page_size: int, block_size: int) -> range:
+    return range(page * page_size // block_size, -(-(page + 1) * page_size // block_size))
+
+
+@lru_cache(maxsize=8)  # two per engine of the process
+def _last_readers(pattern: Pattern, max_model_len: int, page_size: int, reads_all: bool) -> Sequence[int]:
+    """The last query block that reads each page of a request of ``max_model_len`` tokens."""
+    last, num_pages = (max_model_len - 1) // pattern.block_size, -(-max_model_len // page_size)
+    if reads_all:
+        return array("i", [last]) * num_pages
+    of_blocks = lifetimes(pattern, last).last_reader
+    return array(
+        "i",
+        (
+            max(of_blocks[blocks.start : blocks.stop])
+            for blocks in (_blocks_of(page, page_size, pattern.block_size) for page in range(num_pages))
+        ),
+    )
 
 
 KVCacheSpecRegistry._ensure_registered()  # otherwise the registry would never get vLLM's own specs
@@ -282,14 +317,16 @@ KVCacheSpecRegistry.register(
 # vLLM calls a backend's customize_spec without the configuration, in the process that has built the layers. These are
 # the fields of our spec in addition to vLLM's; None if reclamation is off.
 _settings: dict[str, Any] | None = None
+# The pattern's block of the same layers; None before any was built.
+_block_size: int | None = None
 
 
 def configure(vllm_config: VllmConfig) -> None:
-    """Set what :func:`customize_spec` will put into a layer's spec. Called when the layer is built."""
-    global _settings
+    """Set what :func:`customize_spec` and :func:`kernel_pages` return. Called when a layer is built."""
+    global _settings, _block_size
     if vllm_config.model_config.runner_type == "draft":
         return  # the settings of the target model apply to its draft model
-    _settings = None
+    _settings, _block_size = None, options.of_config(vllm_config).effective_pattern.block_size
     if why_not(vllm_config) is None:
         asked = options.of_config(vllm_config)
         _settings = {
@@ -336,3 +373,12 @@ def customize_spec(spec: AttentionSpec) -> AttentionSpec:
         return spec
     shared = {field.name: getattr(spec, field.name) for field in fields(AttentionSpec)}
     return PowerAttentionSpec(**shared, **_settings)
+
+
+def kernel_pages(supported: Sequence[int], spec: object = None) -> list[int]:
+    """The pages of ``supported`` that divide the pattern's block: into these, vLLM splits its own pages for the kernels.
+
+    spec: the layer's KV cache spec, if vLLM passes one.
+    """
+    block_size = spec.pattern.block_size if isinstance(spec, PowerAttentionSpec) else _block_size
+    return [size for size in supported if block_size is None or block_size % size == 0]

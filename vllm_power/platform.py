@@ -77,7 +77,7 @@ class PowerPlatform:
         """Called in each worker after the model is built: the first moment at which the layers are known."""
         super().update_block_size_for_backend(vllm_config)  # type: ignore[misc]
         if is_selected(vllm_config):
-            refusals.check_page_size(vllm_config, on_cpu=cls.device_type == "cpu")
+            refusals.kernel_page(vllm_config, on_cpu=cls.device_type == "cpu")
             _keep_what_others_read(vllm_config)
             _report(vllm_config)
 
@@ -106,7 +106,7 @@ class PowerCpuPlatform(PowerPlatform):
         """Choose the largest page up to vLLM's 128 tokens that divides the pattern's block."""
         cache = vllm_config.cache_config
         if not cache.user_specified_block_size:
-            fitting = refusals.pages_of(vllm_config, on_cpu=True)
+            fitting = refusals.kernel_pages(vllm_config, on_cpu=True)
             cache.block_size = max((page for page in fitting if page <= cache.block_size), default=fitting[0])
 
     @classmethod

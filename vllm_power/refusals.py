@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 OTHER_BACKEND = "Serve this model with another attention backend (leave out --attention-backend power)."
 
 
-# The page sizes that the kernels support: ours on GPUs (gpu_backend), vLLM's C++ attention on CPUs.
+# The page sizes of the kernels: ours on GPUs (gpu_backend), vLLM's C++ attention on CPUs.
 GPU_PAGES = (16, 32, 64, 128, 256)
 CPU_PAGES = (32, 64, 128, 256, 512)
 
@@ -38,7 +38,7 @@ def check_config(vllm_config: "VllmConfig", on_cpu: bool) -> None:
             "--tensor-parallel-size works.",
         )
     if vllm_config.cache_config.user_specified_block_size:
-        check_page_size(vllm_config, on_cpu)
+        kernel_page(vllm_config, on_cpu)
 
 
 def check_executor(vllm_config: "VllmConfig", on_cpu: bool) -> None:
@@ -54,8 +54,8 @@ def check_executor(vllm_config: "VllmConfig", on_cpu: bool) -> None:
         )
 
 
-def pages_of(vllm_config: "VllmConfig", on_cpu: bool) -> list[int]:
-    """The page sizes that fit the pattern on this device, ascending. Raises ValueError if there are none."""
+def kernel_pages(vllm_config: "VllmConfig", on_cpu: bool) -> list[int]:
+    """The kernels' page sizes that divide the pattern's block, ascending. Raises ValueError if there are none."""
     block_size = options.of_config(vllm_config).effective_pattern.block_size
     fitting = [size for size in (CPU_PAGES if on_cpu else GPU_PAGES) if block_size % size == 0]
     if not fitting:
@@ -66,17 +66,21 @@ def pages_of(vllm_config: "VllmConfig", on_cpu: bool) -> list[int]:
     return fitting
 
 
-def check_page_size(vllm_config: "VllmConfig", on_cpu: bool) -> None:
-    """Refuse a page that does not divide the pattern's block or that the kernels do not support. Raises ValueError."""
-    page_size, fitting = vllm_config.cache_config.block_size, pages_of(vllm_config, on_cpu)
-    if page_size not in fitting:
-        block_size = options.of_config(vllm_config).effective_pattern.block_size
+def kernel_page(vllm_config: "VllmConfig", on_cpu: bool) -> int:
+    """The page that the kernels see: the largest of theirs that divides both the pattern's block and vLLM's page.
+
+    vLLM's page may be larger: it splits it (``prepare_kernel_block_sizes`` in vllm/v1/worker/utils.py). Raises ValueError
+    if none divides both.
+    """
+    page_size, fitting = vllm_config.cache_config.block_size, kernel_pages(vllm_config, on_cpu)
+    found = [size for size in fitting if page_size % size == 0]
+    if not found:
         _refuse(
-            f"a page (--block-size) of {page_size} tokens does not divide the pattern's block of {block_size}"
-            if block_size % page_size
-            else f"the kernels do not support a page (--block-size) of {page_size} tokens on this device",
-            f"Use --block-size with one of {', '.join(map(str, fitting))}, or leave it out.",
+            f"the kernels do not support a page (--block-size) of {page_size} tokens on this device",
+            f"Use --block-size with a multiple of {fitting[0]} (the best are {', '.join(map(str, fitting))}), or leave "
+            "it out.",
         )
+    return found[-1]
 
 
 def check_layer(selector: Any) -> None:
