@@ -7,7 +7,7 @@ BIN := .venv/bin
 SANITIZED := mixed or drafts or fp8 or sinks or head-80 or head-192 or page-16 or qwen2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-gpu sanitize compile lint format bench lock wheel clean
+.PHONY: help setup demo test test-fast test-gpu sweep sanitize compile lint format bench lock wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ test-fast: setup ## tests that start no engine
 
 test-gpu: setup ## tests on an NVIDIA GPU: native kernels, and the engine
 	$(BIN)/pytest -m gpu
+
+sweep: setup ## serve a tiny model of every architecture of vLLM's registry, and make docs/models.md (an hour; resumes)
+	cd tests && PYTHONPATH=$(CURDIR) $(CURDIR)/$(BIN)/python -m sweep
 
 sanitize: setup ## compute-sanitizer's memcheck, initcheck and racecheck over the kernels on an NVIDIA GPU
 	compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/pytest -q tests/kernels -k "$(SANITIZED)"

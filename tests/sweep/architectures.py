@@ -43,6 +43,7 @@ def architectures() -> list[Architecture]:
 
 def _model_types() -> dict[str | None, str]:
     """transformers' classes that generate, with the type of their config."""
+    import transformers
     from transformers.models.auto import modeling_auto as auto
 
     mappings = (
@@ -55,4 +56,8 @@ def _model_types() -> dict[str | None, str]:
         for model_type, names in mapping.items():
             for name in (names,) if isinstance(names, str) else names:
                 known.setdefault(name, model_type)
+    # A text model that transformers lists under the type of its multimodal sibling has a config of its own.
+    for name in known:
+        own = getattr(getattr(transformers, str(name), None), "config_class", None)
+        known[name] = getattr(own, "model_type", None) or known[name]
     return known

@@ -64,15 +64,14 @@ SIZES: dict[str, Any] = {
     "state_size": 16,
     "n_groups": 1,
     "chunk_size": 64,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 32,
-    "linear_value_head_dim": 32,
+    "linear_num_key_heads": 1,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
     "num_nextn_predict_layers": 0,
     "num_mtp_layers": 0,
     "mtp_num_hidden_layers": 0,
     "attention_dropout": 0.0,
-    "tie_word_embeddings": False,
     "bos_token_id": 1,
     "eos_token_id": 0,
     "pad_token_id": 0,
@@ -89,6 +88,8 @@ SIZES: dict[str, Any] = {
     "d_model": 128,
     "projection_dim": 128,
 }
+
+DERIVED = ("num_key_value_heads", "head_dim")  # None in a config that leaves them to other sizes
 
 FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
 
@@ -108,13 +109,27 @@ NEEDS: dict[str, dict[str, Any]] = {
     "lfm2": {"layer_types": ["conv", FULL] * 2, "tie_word_embeddings": True, "block_dim": 128, "conv_dim": 128, "conv_dim_out": 128, "block_multiple_of": 32, "block_auto_adjust_ff_dim": False, "block_ffn_dim_multiplier": 1.0},
     "lfm2_moe": {"layer_types": ["conv", FULL] * 2, "num_dense_layers": 1},
     "nemotron_h": {"layers_block_type": ["mamba", "attention", "mamba", "attention"]},
-    "zamba2": {"layers_block_type": ["mamba", "hybrid"] * 2, "mamba_ngroups": 1, "n_mamba_heads": 8, "mamba_headdim": 32},
+    "zamba2": {"layers_block_type": ["mamba", "hybrid"] * 2, "mamba_ngroups": 1, "n_mamba_heads": 8, "mamba_headdim": 32, "attention_head_dim": 64},
     "bamba": {"attn_layer_indices": [1, 3]},
     "qwen3_next": {"layer_types": [LINEAR, FULL] * 2},
     "qwen3_5_text": {"layer_types": [LINEAR, FULL] * 2},
     "qwen3_5_moe_text": {"layer_types": [LINEAR, FULL] * 2},
     "olmo_hybrid": {"layer_types": [LINEAR, FULL] * 2},
     "gpt2": {"n_inner": None},
+    "gptj": {"rotary_dim": 16},
+    "minimax_m2": {"rotary_dim": 16},
+    "mistral": {"sliding_window": None},
+    "mamba2": {"num_heads": 8},
+    "hy_v3": {"first_k_dense_replace": 1},
+    "llama4_text": {"num_experts_per_tok": 1, "no_rope_layers": [1, 1, 1, 0]},
+    "afmoe": {
+        "score_func": "sigmoid",
+        "route_norm": True,
+        "route_scale": 1.0,
+        "n_group": 1,
+        "topk_group": 1,
+    },
+    "glm4_moe": {"head_dim": 32},
 }
 
 
@@ -127,16 +142,19 @@ def config_of(model_type: str, **more: Any) -> Any:
 
 def tiny_fields(default: Any) -> dict[str, Any]:
     """The fields that make a config like ``default`` tiny, its sub-configs included."""
-    named = getattr(default, "attribute_map", {})
-    fields = {}
+    named, given = getattr(default, "attribute_map", {}), vars(default)
+    fields: dict[str, Any] = {}
     for name, value in SIZES.items():
         stored = named.get(name, name)
-        found = getattr(default, stored, None)
         # What is off stays off; a list (one size per layer) has its own entry in NEEDS.
-        if isinstance(found, int | float) and not isinstance(value, list):
+        if isinstance(given.get(stored), int | float) or (stored in given and name in DERIVED):
             fields[stored] = value
+    rope = given.get("rope_parameters") or {}
+    if sections := rope.get("mrope_section"):
+        pairs = [size * SIZES["head_dim"] // 2 // sum(sections) for size in sections[1:]]
+        fields["rope_parameters"] = {**rope, "mrope_section": [SIZES["head_dim"] // 2 - sum(pairs), *pairs]}
     for name in default.sub_configs:
-        sub = getattr(default, name, None)
+        sub = given.get(name)
         if sub is not None:
             fields[name] = {"model_type": sub.model_type, **tiny_fields(sub)}
     return fields | NEEDS.get(default.model_type, {})
@@ -161,12 +179,13 @@ def fill(model: Any, generator: Any) -> None:
     """Noise that keeps its spread from layer to layer. Norms, biases and the parameters of a state keep their meaning."""
     import torch
 
+    ties = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
     with torch.no_grad():
         for name, weight in sorted(model.named_parameters()):
             noise = torch.randn(weight.shape, generator=generator)
             is_matrix = weight.dim() == 2 or (weight.dim() == 3 and "expert" in name)
             if is_matrix and not name.endswith("A_log"):
-                gives_logits = "embed_tokens" in name and model.config.tie_word_embeddings
+                gives_logits = "embed_tokens" in name and ties
                 role = "lm_head" if gives_logits else name
                 weight.copy_(noise * spread(role, weight.shape[-1], model.config.model_type))
             else:

@@ -55,7 +55,10 @@ def try_it(architecture: Architecture, folder: Path) -> dict[str, Any]:
         tiny.save(architecture.made_by, architecture.name, architecture.model_type, folder)
     except Exception as error:
         return result | {"verdict": NOT_BUILT, "why": f"transformers makes no tiny model: {_sentence(error)}"}
-    pattern = OF_HYBRIDS if is_hybrid(_class_of(architecture.name)) else PATTERN
+    try:
+        pattern = OF_HYBRIDS if is_hybrid(_class_of(architecture.name)) else PATTERN
+    except ImportError as error:
+        return result | {"verdict": NOT_BUILT, "why": f"vLLM's model does not import: {_sentence(error)}"}
     settings = SETTINGS | ({"language_model_only": True} if architecture.multimodal else {})
     for dtype in ("float32", "bfloat16"):
         settings["dtype"] = result["dtype"] = dtype
@@ -121,22 +124,29 @@ def _judge(
     except Exception as error:
         traceback.print_exc()
         return {"verdict": WRONG, "why": f"only the dense engine failed: {_sentence(error)}"}
+    # In float32 no log-probability may be off. bfloat16 rounds single ones by 0.5: there it is the mean that tells.
+    exactly = settings["dtype"] == "float32"
+    apart = _worst if exactly else _rms
     figures = {
-        "error": _apart(told, dense["power"]),
-        "judge": _apart(dense["vllm"], dense["full"]),
-        "mask": _apart(dense["power"], dense["full"]),
+        "error": apart(told, dense["power"]),
+        "judge": apart(dense["vllm"], dense["full"]),
+        "mask": apart(dense["power"], dense["full"]),
         "again": max(
-            (_apart([torch.tensor(a.logprobs)], [torch.tensor(b.logprobs)]) for a, b in zip(first, again, strict=True))
+            _worst([torch.tensor(a.logprobs)], [torch.tensor(b.logprobs)])
+            for a, b in zip(first, again, strict=True)
         ),
         "layers": dense["layers"],
     }
-    figures |= truth.of_transformers(folder, texts, told, pattern)
-    allowed = max(TOLERANCE, 4 * figures["judge"])
-    same_tokens = all(a.tokens == b.tokens for a, b in zip(first, again, strict=True))
-    if not figures["mask"] > (10 if settings["dtype"] == "float32" else 2) * allowed:
+    figures |= truth.of_transformers(folder, texts, told, pattern, apart)
+    allowed = max(TOLERANCE, (4 if exactly else 1.5) * figures["judge"])
+    if not figures["mask"] > (10 if exactly else 2) * allowed:
         return figures | {"verdict": WRONG, "why": "the pattern cannot be told from dense attention in this model"}
-    if figures["error"] > allowed or figures["again"] > allowed or not same_tokens:
-        return figures | {"verdict": WRONG, "why": f"log-probabilities differ by {max(figures['error'], figures['again']):.1e}"}
+    if figures["error"] > allowed:
+        return figures | {"verdict": WRONG, "why": f"log-probabilities differ by {figures['error']:.1e}"}
+    if figures["again"] > max(TOLERANCE, 4 * figures["judge"]) or any(
+        a.tokens != b.tokens for a, b in zip(first, again, strict=True)
+    ):
+        return figures | {"verdict": WRONG, "why": f"the second answer differs by {figures['again']:.1e}"}
     return figures | {"verdict": EXACT, "why": ""}
 
 
@@ -202,12 +212,16 @@ def _mask(pattern: Pattern) -> Any:
     return lambda length: _mask_of(pattern, length)
 
 
-def _apart(ones: list[torch.Tensor], others: list[torch.Tensor]) -> float:
-    worst = 0.0
-    for one, other in zip(ones, others, strict=True):
-        difference = (one - other).abs().max().item()
-        worst = max(worst, difference if difference == difference else float("inf"))
-    return worst
+def _worst(ones: list[torch.Tensor], others: list[torch.Tensor]) -> float:
+    """The largest difference; infinite if one is no number."""
+    differences = torch.cat(ones) - torch.cat(others)
+    return differences.nan_to_num(float("inf")).abs().max().item()
+
+
+def _rms(ones: list[torch.Tensor], others: list[torch.Tensor]) -> float:
+    """The root of the mean square of the differences; infinite if one is no number."""
+    differences = torch.cat(ones) - torch.cat(others)
+    return differences.nan_to_num(float("inf")).square().mean().sqrt().item()
 
 
 def _messages(error: BaseException | None) -> str:

@@ -1,6 +1,7 @@
 """transformers under the same explicit mask: an independent model around an independent attention, where it can."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,16 @@ _ran: set[int] = set()  # the layers whose attention asked for the pattern
 
 
 def of_transformers(
-    folder: Path, texts: list[list[int]], told: list[torch.Tensor], pattern: Pattern
+    folder: Path,
+    texts: list[list[int]],
+    told: list[torch.Tensor],
+    pattern: Pattern,
+    apart: Callable[[list[torch.Tensor], list[torch.Tensor]], float],
 ) -> dict[str, Any]:
-    """How far ``told`` is from transformers under ``pattern``, and transformers' own reason if it cannot say."""
+    """How far ``told`` is from transformers in float32 under ``pattern``, or why transformers cannot say.
+
+    apart: the measure.
+    """
     try:
         model = _load(folder)
         dense = [_logprobs(model, text, preset("full", block_size=pattern.block_size)) for text in texts]
@@ -26,9 +34,7 @@ def of_transformers(
         return {"transformers": None, "transformers_why": f"{type(error).__name__}: {error}".splitlines()[0][:160]}
     if not _ran:
         return {"transformers": None, "transformers_why": "its attention cannot be given a mask"}
-    worst = max((a - b).abs().max().item() for a, b in zip(told, sparse, strict=True))
-    mask = max((a - b).abs().max().item() for a, b in zip(dense, sparse, strict=True))
-    return {"transformers": worst, "transformers_mask": mask}
+    return {"transformers": apart(told, sparse), "transformers_mask": apart(dense, sparse)}
 
 
 def _load(folder: Path) -> Any:

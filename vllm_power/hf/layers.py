@@ -5,12 +5,18 @@ from typing import Any
 from vllm_power import options
 
 
+# What transformers calls a layer whose attention sees every earlier token; "hybrid" layers (Falcon-H1, Zamba2) have it
+# beside a Mamba mixer.
+SEE_EVERYTHING = ("full_attention", "attention", "hybrid")
+
+
 def keeping_their_own(config: Any) -> frozenset[int]:
-    """The layers with their own mask, such as a sliding window, from the transformers config of a text model."""
+    """The layers with their own mask, such as a sliding window, or without attention, from the transformers config of a
+    text model."""
     layers = range(config.num_hidden_layers)
     kinds = getattr(config, "layer_types", None)
     if kinds:
-        return frozenset(layer for layer in layers if kinds[layer] != "full_attention")
+        return frozenset(layer for layer in layers if kinds[layer] not in SEE_EVERYTHING)
     narrow = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
     return frozenset(layers if narrow else ())
 
