@@ -18,18 +18,29 @@ def config(power=None, block_size=128, cache_dtype="auto"):
 
 @pytest.mark.parametrize(
     "page, block, kernel",
-    [(16, 256, 16), (128, 256, 128), (256, 256, 256), (384, 256, 128), (528, 256, 16), (96, 256, 32)]
-    + [(512, 256, 256), (128, 64, 64), (1024, 1024, 256)],
+    [
+        (16, 256, 16),
+        (128, 256, 128),
+        (384, 256, 128),
+        (528, 256, 16),
+        (96, 256, 32),
+        (512, 256, 256),
+        (128, 64, 64),
+        (1024, 1024, 256),
+    ],
 )
 def test_the_kernels_page_divides_page_and_block(page, block, kernel):
     assert refusals.kernel_page(config({"block_size": block}, page), on_cpu=False) == kernel
 
 
 @pytest.mark.parametrize(
-    "page, on_cpu, multiple, sizes", [(16, True, 32, "32, 64, 128, 256"), (8, False, 16, "16, 32, 64, 128, 256")]
+    "page, on_cpu, multiple, sizes",
+    [(16, True, 32, "32, 64, 128, 256"), (8, False, 16, "16, 32, 64, 128, 256")],
 )
 def test_a_page_that_the_kernels_do_not_take(page, on_cpu, multiple, sizes):
-    with pytest.raises(ValueError, match=rf"{page} tokens on this device.*multiple of {multiple} .*{sizes}\), or leave"):
+    with pytest.raises(
+        ValueError, match=rf"{page} tokens on this device.*multiple of {multiple} .*{sizes}\), or leave"
+    ):
         refusals.kernel_page(config(block_size=page), on_cpu)
 
 

@@ -98,8 +98,8 @@ def tell_kv_cache_kind(spec: type) -> None:
 def replace_backend(layer: Any, backend: Any, implementation: Any) -> None:
     """Make a built attention layer run another backend. Call this before vLLM asks the layer for its KV cache spec.
 
-    Why: vLLM chooses a layer's backend by its shapes and its kind (model_executor/layers/attention/attention.py), not by
-    its index, so a layer that stays dense has to be changed after it was built.
+    Why: vLLM chooses a layer's backend by its shapes and its kind, not by its index
+    (model_executor/layers/attention/attention.py), so a layer that stays dense has to be changed after it was built.
     Symptom: ``dense_layers`` and layers that draft run the pattern.
     Remove when: the selector of attention backends receives the layer's name.
     """

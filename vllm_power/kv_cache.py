@@ -75,7 +75,9 @@ class PowerAttentionSpec(AttentionSpec):
     def last_reader(self, page: int, last: int) -> int:
         """The last query block up to ``last`` that reads ``page``, which holds no block after ``last`` alone."""
         blocks = self.blocks_of(page)
-        return max(self.pattern.last_reader(block, last) for block in range(blocks.start, min(blocks.stop, last + 1)))
+        return max(
+            self.pattern.last_reader(block, last) for block in range(blocks.start, min(blocks.stop, last + 1))
+        )
 
     def lifetimes(self, num_tokens: int) -> Lifetimes:
         """The lives of the blocks of a request that never exceeds ``num_tokens`` tokens."""
@@ -376,7 +378,7 @@ def customize_spec(spec: AttentionSpec) -> AttentionSpec:
 
 
 def kernel_pages(supported: Sequence[int], spec: object = None) -> list[int]:
-    """The pages of ``supported`` that divide the pattern's block: into these, vLLM splits its own pages for the kernels.
+    """The pages of ``supported`` that divide the pattern's block. vLLM splits its own pages into the largest that fits.
 
     spec: the layer's KV cache spec, if vLLM passes one.
     """

@@ -69,8 +69,8 @@ def kernel_pages(vllm_config: "VllmConfig", on_cpu: bool) -> list[int]:
 def kernel_page(vllm_config: "VllmConfig", on_cpu: bool) -> int:
     """The page that the kernels see: the largest of theirs that divides both the pattern's block and vLLM's page.
 
-    vLLM's page may be larger: it splits it (``prepare_kernel_block_sizes`` in vllm/v1/worker/utils.py). Raises ValueError
-    if none divides both.
+    vLLM's page may be larger: it splits it (``prepare_kernel_block_sizes`` in vllm/v1/worker/utils.py).
+    Raises ValueError if none divides both.
     """
     page_size, fitting = vllm_config.cache_config.block_size, kernel_pages(vllm_config, on_cpu)
     found = [size for size in fitting if page_size % size == 0]

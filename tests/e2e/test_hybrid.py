@@ -1,7 +1,6 @@
-"""Hybrid models: attention beside short convolutions or Mamba-2, whose pages vLLM makes larger than the pattern's blocks.
+"""Hybrid models: attention beside short convolutions or Mamba-2, for which vLLM enlarges the pages of attention.
 
-Their exactness under the explicit mask is the sweep's (tests/sweep); here their pages are given back, taken away and found
-again.
+The sweep (tests/sweep) holds them to the explicit mask; here their pages are given back, taken away and found again.
 """
 
 from collections.abc import Callable
@@ -58,8 +57,10 @@ def test_reclamation_preemption_and_prefix_hits_change_nothing(
 
 
 def serve(llm: Any, preempt_at: tuple[int, ...]) -> tuple[list[tuple[list[int], list[float]]], int, int]:
-    """Serve the prompts at once, all requests preempted before some steps. Returns tokens and logprobs of each, how often
-    a request was preempted, and how many tokens were found in the prefix cache."""
+    """Serve the prompts at once, all requests preempted before some steps.
+
+    Returns tokens and logprobs of each, how often a request was preempted, and how many tokens were cached.
+    """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -93,7 +94,9 @@ def page_size(llm: Any) -> int:
 
 def reclaimed(llm: Any) -> int:
     """The pages that were given back early."""
-    managers = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.coordinator.single_type_managers
+    managers = (
+        llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.coordinator.single_type_managers
+    )
     return sum(
         manager.num_reclaimed for manager in managers if isinstance(manager.kv_cache_spec, PowerAttentionSpec)
     )

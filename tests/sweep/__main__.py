@@ -30,7 +30,10 @@ def main() -> None:
             results = read(asked.results) | {name: result}
             write(asked.results, [results[known] for known in found if known in results])
             spent = time.monotonic() - began
-            print(f"{number}/{len(names)} {name}: {result['verdict']} {result['why']} ({spent:.0f} s)", flush=True)
+            print(
+                f"{number}/{len(names)} {name}: {result['verdict']} {result['why']} ({spent:.0f} s)",
+                flush=True,
+            )
     if asked.results == RESULTS:
         table.write_page()
 

@@ -16,7 +16,7 @@ SAME_AS = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """name: in vLLM's registry. made_by: transformers' class, None if it has none. model_type: of that class's config."""
+    """name: in vLLM's registry. made_by: transformers' class, or None. model_type: of that class's config."""
 
     name: str
     made_by: str | None

@@ -1,11 +1,11 @@
 """What vLLM 0.32's CPU build lacks for hybrid models, made up for in the dense engine and in ours alike.
 
-Mamba-2 with prefix caching ("align"): the layers promise to keep the state in the middle of a prompt, but the CPU kernel
-returns only the last one and the kernel that stores it needs Triton, so the engine ends with an IndexError
+Mamba-2 with prefix caching ("align"): the layers promise to keep a state in the middle of a prompt, but the CPU kernel
+returns only the last one, and the kernel that stores it needs Triton. So the engine ends with an IndexError
 (``MambaMixer2.get_kv_cache_spec``). Without the promise vLLM ends a chunk there.
 
-LFM2 rotates queries and keys of shape [tokens, heads, head_size]. The CPU kernel takes the stride of a head for that of a
-token, so it rotates other tokens' heads (vllm/model_executor/models/lfm2.py; other models pass two dimensions).
+LFM2 rotates queries and keys of shape [tokens, heads, head_size]. The CPU kernel takes the stride of a head for that of
+a token, so it rotates other tokens' heads (vllm/model_executor/models/lfm2.py; other models pass two dimensions).
 """
 
 from dataclasses import replace

@@ -29,7 +29,15 @@ class Judge:
         original = CPUAttentionBackendImpl.forward
 
         def forward(
-            impl: Any, layer: Any, query: Any, key: Any, value: Any, cache: Any, step: Any, output: Any, **more: Any
+            impl: Any,
+            layer: Any,
+            query: Any,
+            key: Any,
+            value: Any,
+            cache: Any,
+            step: Any,
+            output: Any,
+            **more: Any,
         ) -> Any:
             if step is None or _has_its_own_mask(layer, impl):
                 return original(impl, layer, query, key, value, cache, step, output, **more)

@@ -1,37 +1,41 @@
 """docs/models.md, made from the results of the sweep."""
 
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 from sweep.results import EXACT, NOT_BUILT, REFUSED, RESULTS, WRONG, read
 
 PAGE = RESULTS.parents[1] / "models.md"
 
+MEANING = {
+    EXACT: "every log-probability of two prompts, served at once, in chunks and far beyond what every row sees, equals "
+    "the explicit mask in float64, and so it does when the prompts come from the prefix cache",
+    REFUSED: "the server says at start that the pattern cannot serve the model, and why",
+    NOT_BUILT: "vLLM's CPU build cannot run the model with its own dense attention either, or transformers has no tiny "
+    "model of it",
+    WRONG: "neither",
+}
+
 HEAD = """\
 # Models
 
 What became of every text-generating architecture in the model registry of vLLM 0.32, each tried as a tiny random model
 in float32 on a CPU. `make sweep` makes this page (tests/sweep); do not edit it.
+"""
 
-| result | architectures | meaning |
-| --- | --- | --- |
-| exact | {exact} | every log-probability of two prompts served at once, in chunks, far beyond what every row sees, equals the explicit mask in float64, and again when the prompts come from the prefix cache |
-| refused | {refused} | the server says at start that the pattern cannot serve the model, and why |
-| cannot be built here | {not_built} | vLLM's CPU build cannot run the model with its own dense attention either, or transformers has no model of that name |
-| wrong | {wrong} | |
-
+COLUMNS = """
 `error` is the largest difference in a log-probability between the engine and the explicit mask, `mask` what the mask
 itself changes. `transformers` is the difference between the engine and transformers under the same mask, if
-transformers takes a mask. `page` is vLLM's KV page and `block` the pattern's block, in tokens.
+transformers takes a mask. In bfloat16, all three are root mean squares. `page` is vLLM's KV page and `block` the
+pattern's block, in tokens. Hybrid models have layers that are not attention; those run as in vLLM.
 """
 
 
 def page(results: list[dict[str, Any]]) -> str:
     """The whole page."""
     counts = Counter(result["verdict"] for result in results)
-    numbers = {"exact": EXACT, "refused": REFUSED, "not_built": NOT_BUILT, "wrong": WRONG}
-    text = HEAD.format(**{name: counts[verdict] for name, verdict in numbers.items()})
+    rows = [(verdict, str(counts[verdict]), meaning) for verdict, meaning in MEANING.items()]
+    text = HEAD + _table("Results", ("result", "architectures", "meaning"), rows) + COLUMNS
     exact = [result for result in results if result["verdict"] == EXACT]
     text += _table(
         "Exact",
@@ -39,7 +43,11 @@ def page(results: list[dict[str, Any]]) -> str:
         [_exact(result) for result in exact],
     )
     for verdict in (REFUSED, NOT_BUILT, WRONG):
-        rows = [(f"`{r['architecture']}`", r["why"].replace("|", "\\|")) for r in results if r["verdict"] == verdict]
+        rows = [
+            (f"`{r['architecture']}`", r["why"].replace("|", "\\|"))
+            for r in results
+            if r["verdict"] == verdict
+        ]
         text += _table(verdict.capitalize(), ("architecture", "cause"), rows)
     return text
 

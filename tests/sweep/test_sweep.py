@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from sweep import table
 from sweep.apart import try_apart
 from sweep.architectures import architectures

@@ -104,12 +104,32 @@ NEEDS: dict[str, dict[str, Any]] = {
         "activation_sparsity_pattern": [0.0] * 6,
     },
     "gemma4_text": {"layer_types": [SLIDING, FULL] * 2, "num_kv_shared_layers": 0},
-    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
+    "jamba": {
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+    },
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2, "position_embedding_type": "rope"},
-    "lfm2": {"layer_types": ["conv", FULL] * 2, "tie_word_embeddings": True, "block_dim": 128, "conv_dim": 128, "conv_dim_out": 128, "block_multiple_of": 32, "block_auto_adjust_ff_dim": False, "block_ffn_dim_multiplier": 1.0},
+    "lfm2": {
+        "layer_types": ["conv", FULL] * 2,
+        "tie_word_embeddings": True,
+        "block_dim": 128,
+        "conv_dim": 128,
+        "conv_dim_out": 128,
+        "block_multiple_of": 32,
+        "block_auto_adjust_ff_dim": False,
+        "block_ffn_dim_multiplier": 1.0,
+    },
     "lfm2_moe": {"layer_types": ["conv", FULL] * 2, "num_dense_layers": 1},
     "nemotron_h": {"layers_block_type": ["mamba", "attention", "mamba", "attention"]},
-    "zamba2": {"layers_block_type": ["mamba", "hybrid"] * 2, "mamba_ngroups": 1, "n_mamba_heads": 8, "mamba_headdim": 32, "attention_head_dim": 64},
+    "zamba2": {
+        "layers_block_type": ["mamba", "hybrid"] * 2,
+        "mamba_ngroups": 1,
+        "n_mamba_heads": 8,
+        "mamba_headdim": 32,
+        "attention_head_dim": 64,
+    },
     "bamba": {"attn_layer_indices": [1, 3]},
     "qwen3_next": {"layer_types": [LINEAR, FULL] * 2},
     "qwen3_5_text": {"layer_types": [LINEAR, FULL] * 2},
@@ -176,7 +196,7 @@ def save(made_by: str, name: str, model_type: str, folder: Path, seed: int = 0) 
 
 
 def fill(model: Any, generator: Any) -> None:
-    """Noise that keeps its spread from layer to layer. Norms, biases and the parameters of a state keep their meaning."""
+    """Noise that keeps its spread from layer to layer. Norms, biases and a state's parameters keep their meaning."""
     import torch
 
     ties = getattr(model.config.get_text_config(), "tie_word_embeddings", False)

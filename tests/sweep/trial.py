@@ -1,4 +1,4 @@
-"""One architecture: a tiny checkpoint, served with power and dense, and what came of it. Runs in a process of its own."""
+"""One architecture: a tiny checkpoint, served with power and dense, and what came of it. Runs in its own process."""
 
 import re
 import traceback
@@ -20,8 +20,8 @@ from sweep.results import EXACT, NOT_BUILT, REFUSED, WRONG
 from vllm_power.kernels.reference import visibility_mask
 from vllm_power.pattern import Pattern, preset
 
-# Small blocks, so that short prompts go far beyond what every row sees anyway (4 blocks). Hybrid models get blocks of two
-# kernel pages: vLLM makes their pages any multiple of a kernel page, so that neither divides the other.
+# Small blocks, so that short prompts go far beyond what every row sees anyway (4 blocks). Hybrid models get blocks of
+# two kernel pages: vLLM makes their pages any multiple of a kernel page, so that neither divides the other.
 PATTERN = preset("power", block_size=32, window_blocks=2)
 OF_HYBRIDS = preset("power", block_size=64, window_blocks=2)
 PAGE = 32
@@ -140,7 +140,10 @@ def _judge(
     figures |= truth.of_transformers(folder, texts, told, pattern, apart)
     allowed = max(TOLERANCE, (4 if exactly else 1.5) * figures["judge"])
     if not figures["mask"] > (10 if exactly else 2) * allowed:
-        return figures | {"verdict": WRONG, "why": "the pattern cannot be told from dense attention in this model"}
+        return figures | {
+            "verdict": WRONG,
+            "why": "the pattern cannot be told from dense attention in this model",
+        }
     if figures["error"] > allowed:
         return figures | {"verdict": WRONG, "why": f"log-probabilities differ by {figures['error']:.1e}"}
     if figures["again"] > max(TOLERANCE, 4 * figures["judge"]) or any(
@@ -153,7 +156,7 @@ def _judge(
 def _dense(
     folder: Path, settings: dict[str, Any], texts: list[list[int]], pattern: Pattern
 ) -> dict[str, Any]:
-    """The log-probabilities of ``texts`` by vLLM's dense backend, and by the judge under no mask and under the pattern."""
+    """The log-probabilities of ``texts``: by vLLM's dense backend, and by the judge without and with the pattern."""
     whole = {"max_num_batched_tokens": 4096, "enable_prefix_caching": False}
     engine = _start(folder, settings | whole)
     judge = Judge()

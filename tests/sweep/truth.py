@@ -31,7 +31,10 @@ def of_transformers(
         dense = [_logprobs(model, text, preset("full", block_size=pattern.block_size)) for text in texts]
         sparse = [_logprobs(model, text, pattern) for text in texts]
     except Exception as error:
-        return {"transformers": None, "transformers_why": f"{type(error).__name__}: {error}".splitlines()[0][:160]}
+        return {
+            "transformers": None,
+            "transformers_why": f"{type(error).__name__}: {error}".splitlines()[0][:160],
+        }
     if not _ran:
         return {"transformers": None, "transformers_why": "its attention cannot be given a mask"}
     return {"transformers": apart(told, sparse), "transformers_mask": apart(dense, sparse)}
