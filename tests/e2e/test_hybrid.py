@@ -1,4 +1,4 @@
-"""Hybrid models: attention beside short convolutions or Mamba-2, for which vLLM enlarges the pages of attention.
+"""Hybrid models: attention next to short convolutions or Mamba-2, for which vLLM enlarges the pages of attention.
 
 The sweep (tests/sweep) holds them to the explicit mask; here their pages are given back, taken away and found again.
 """

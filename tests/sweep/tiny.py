@@ -93,7 +93,7 @@ DERIVED = ("num_key_value_heads", "head_dim")  # None in a config that leaves th
 
 FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
 
-# What a model type needs besides: so that some layers see everything, and sizes that depend on each other.
+# What a model type needs in addition, so that some layers see everything, and sizes that depend on each other.
 NEEDS: dict[str, dict[str, Any]] = {
     "gemma3_text": {"layer_types": [SLIDING, FULL] * 2},
     "gemma3n_text": {

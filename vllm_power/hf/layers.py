@@ -5,7 +5,7 @@ from typing import Any
 from vllm_power import options
 
 # What transformers calls a layer whose attention sees every earlier token; "hybrid" layers (Falcon-H1, Zamba2) have it
-# beside a Mamba mixer.
+# next to a Mamba mixer.
 SEE_EVERYTHING = ("full_attention", "attention", "hybrid")
 
 
