@@ -70,7 +70,7 @@ def try_it(architecture: Architecture, folder: Path) -> dict[str, Any]:
             if dtype == "float32" and "requires BF16" in str(error):
                 continue
             return result | _failed(error, folder, settings)
-        return result | served[0] | _judge(folder, settings, pattern, served)
+        return result | served[0] | _judge(architecture.made_by, folder, settings, pattern, served)
     raise AssertionError("both types ended")
 
 
@@ -110,6 +110,7 @@ _STARTED: list[bool] = []  # whether the engine with power came up: what ends af
 
 
 def _judge(
+    made_by: str,
     folder: Path,
     settings: dict[str, Any],
     pattern: Pattern,
@@ -124,6 +125,11 @@ def _judge(
     except Exception as error:
         traceback.print_exc()
         return {"verdict": WRONG, "why": f"only the dense engine failed: {_sentence(error)}"}
+    if not torch.cat(dense["vllm"]).isfinite().all():
+        return {
+            "verdict": NOT_BUILT,
+            "why": "vLLM's dense backend gives log-probabilities that are no numbers",
+        }
     # In float32 no log-probability may be off. bfloat16 rounds single ones by 0.5: there it is the mean that tells.
     exactly = settings["dtype"] == "float32"
     apart = _worst if exactly else _rms
@@ -137,7 +143,7 @@ def _judge(
         ),
         "layers": dense["layers"],
     }
-    figures |= truth.of_transformers(folder, texts, told, pattern, apart)
+    figures |= truth.of_transformers(made_by, folder, texts, told, pattern, apart)
     allowed = max(TOLERANCE, (4 if exactly else 1.5) * figures["judge"])
     if not figures["mask"] > (10 if exactly else 2) * allowed:
         return figures | {

@@ -1,6 +1,5 @@
 """transformers under the same explicit mask: an independent model around an independent attention, where it can."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ _ran: set[int] = set()  # the layers whose attention asked for the pattern
 
 
 def of_transformers(
+    made_by: str,
     folder: Path,
     texts: list[list[int]],
     told: list[torch.Tensor],
@@ -24,10 +24,10 @@ def of_transformers(
 ) -> dict[str, Any]:
     """How far ``told`` is from transformers in float32 under ``pattern``, or why transformers cannot say.
 
-    apart: the measure.
+    made_by: transformers' class. apart: the measure.
     """
     try:
-        model = _load(folder)
+        model = _load(made_by, folder)
         dense = [_logprobs(model, text, preset("full", block_size=pattern.block_size)) for text in texts]
         sparse = [_logprobs(model, text, pattern) for text in texts]
     except Exception as error:
@@ -40,15 +40,13 @@ def of_transformers(
     return {"transformers": apart(told, sparse), "transformers_mask": apart(dense, sparse)}
 
 
-def _load(folder: Path) -> Any:
+def _load(made_by: str, folder: Path) -> Any:
     import transformers
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, _mask)
-    name = json.loads((folder / "config.json").read_text())["architectures"][0]
-    made_by = getattr(transformers, name)
-    model = made_by.from_pretrained(folder, dtype=torch.float32).eval()
+    model = getattr(transformers, made_by).from_pretrained(folder, dtype=torch.float32).eval()
     text = model.config.get_text_config()
     parts = {part: NAME for part in model.config.sub_configs if getattr(model.config, part) is text}
     model.set_attn_implementation(parts or NAME)
