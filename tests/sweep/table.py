@@ -53,14 +53,15 @@ def page(results: list[dict[str, Any]]) -> str:
 
 
 def _exact(result: dict[str, Any]) -> tuple[str, ...]:
-    remarks = []
+    remarks, by_transformers = [], result.get("transformers")
     if result["hybrid"]:
         remarks.append("hybrid")
     if not result["cached"]:
         remarks.append("without prefix caching")
     if result["dtype"] != "float32":
         remarks.append(result["dtype"])
-    by_transformers = result.get("transformers")
+    if by_transformers is None:
+        remarks.append(result["transformers_why"].replace("|", "\\|"))
     return (
         f"`{result['architecture']}`",
         str(result["layers"]),
@@ -68,7 +69,7 @@ def _exact(result: dict[str, Any]) -> tuple[str, ...]:
         str(result["block"]),
         f"{result['error']:.0e}",
         f"{result['mask']:.1f}",
-        "" if by_transformers is None else f"{by_transformers:.0e}",
+        "-" if by_transformers is None else f"{by_transformers:.0e}",
         ", ".join(remarks),
     )
 

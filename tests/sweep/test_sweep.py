@@ -18,15 +18,16 @@ def test_the_page_is_made_from_the_results() -> None:
 
 
 def test_nothing_is_wrong_and_enough_was_tried() -> None:
-    verdicts = [result["verdict"] for result in read(RESULTS).values()]
-    assert set(verdicts) <= {EXACT, REFUSED, NOT_BUILT}
-    assert verdicts.count(EXACT) + verdicts.count(REFUSED) >= 80
-    assert all(result["why"] for result in read(RESULTS).values() if result["verdict"] != EXACT)
+    results = read(RESULTS).values()
+    assert {result["verdict"] for result in results} <= {EXACT, REFUSED, NOT_BUILT}
+    assert all(result["why"] for result in results if result["verdict"] != EXACT)
+    assert sum(not result["why"].startswith("transformers ") for result in results) >= 80  # vLLM was asked
+    assert sum(result["verdict"] == EXACT for result in results) >= 50
 
 
 @pytest.mark.skipif(not vllm.__version__.startswith(RESULTS_OF), reason="the results are of vLLM 0.32")
 def test_every_architecture_of_the_registry_has_a_result() -> None:
-    assert list(read(RESULTS)) == [architecture.name for architecture in architectures()]
+    assert set(read(RESULTS)) == {architecture.name for architecture in architectures()}
 
 
 @pytest.mark.e2e
@@ -43,7 +44,7 @@ def test_every_architecture_of_the_registry_has_a_result() -> None:
     ],
 )
 def test_an_architecture(name: str, verdict: str, hybrid: bool | None, tmp_path: Path) -> None:
-    (architecture,) = (found for found in architectures() if found.name == name)
+    architecture = next(found for found in architectures() if found.name == name)
     result = try_apart(architecture, tmp_path / "log", 300)
     assert result["verdict"] == verdict, (result, (tmp_path / "log").read_text()[-3000:])
     if hybrid is not None:

@@ -143,15 +143,17 @@ def _judge(
         ),
         "layers": dense["layers"],
     }
-    figures |= truth.of_transformers(made_by, folder, texts, told, pattern, apart)
+    figures |= truth.of_transformers(made_by, folder, texts, told, dense["vllm"], pattern, apart)
     allowed = max(TOLERANCE, (4 if exactly else 1.5) * figures["judge"])
     if not figures["mask"] > (10 if exactly else 2) * allowed:
         return figures | {
             "verdict": WRONG,
             "why": "the pattern cannot be told from dense attention in this model",
         }
-    if figures["error"] > allowed:
-        return figures | {"verdict": WRONG, "why": f"log-probabilities differ by {figures['error']:.1e}"}
+    by_transformers = figures.get("transformers")
+    if figures["error"] > allowed or (by_transformers or 0) > 10 * max(allowed, figures.get("transformers_dense", 0.0)):
+        differ = max(figures["error"], by_transformers or 0)
+        return figures | {"verdict": WRONG, "why": f"log-probabilities differ by {differ:.1e}"}
     if figures["again"] > max(TOLERANCE, 4 * figures["judge"]) or any(
         a.tokens != b.tokens for a, b in zip(first, again, strict=True)
     ):

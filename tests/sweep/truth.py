@@ -19,11 +19,13 @@ def of_transformers(
     folder: Path,
     texts: list[list[int]],
     told: list[torch.Tensor],
+    without: list[torch.Tensor],
     pattern: Pattern,
     apart: Callable[[list[torch.Tensor], list[torch.Tensor]], float],
 ) -> dict[str, Any]:
     """How far ``told`` is from transformers in float32 under ``pattern``, or why transformers cannot say.
 
+    without: vLLM's own dense log-probabilities. Where they already differ from transformers', it cannot judge.
     made_by: transformers' class. apart: the measure.
     """
     try:
@@ -37,7 +39,14 @@ def of_transformers(
         }
     if not _ran:
         return {"transformers": None, "transformers_why": "its attention cannot be given a mask"}
-    return {"transformers": apart(told, sparse), "transformers_mask": apart(dense, sparse)}
+    themselves = apart(without, dense)
+    figures = {"transformers": apart(told, sparse), "transformers_dense": themselves}
+    if figures["transformers"] > 10 * max(themselves, 1e-3):
+        return figures
+    if themselves > 0.1 * apart(dense, sparse):
+        why = f"vLLM's own dense attention differs from transformers by {themselves:.0e}"
+        return figures | {"transformers": None, "transformers_why": why}
+    return figures
 
 
 def _load(made_by: str, folder: Path) -> Any:
