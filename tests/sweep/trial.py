@@ -151,7 +151,9 @@ def _judge(
             "why": "the pattern cannot be told from dense attention in this model",
         }
     by_transformers = figures.get("transformers")
-    if figures["error"] > allowed or (by_transformers or 0) > 10 * max(allowed, figures.get("transformers_dense", 0.0)):
+    if figures["error"] > allowed or (by_transformers or 0) > 10 * max(
+        allowed, figures.get("transformers_dense", 0.0)
+    ):
         differ = max(figures["error"], by_transformers or 0)
         return figures | {"verdict": WRONG, "why": f"log-probabilities differ by {differ:.1e}"}
     if figures["again"] > max(TOLERANCE, 4 * figures["judge"]) or any(
