@@ -2,7 +2,7 @@
 
 Both take the same steps in the same order: whatever fits without reclamation is done with both. Then every look-up must
 find at least as many cached tokens with reclamation. The conversations are chats, agents that share a system prompt,
-beams (each step is a request of its own) and parallel samples, in pools that hold from one short sequence to all of them.
+beams (each step is a request of its own) and parallel samples, in pools of any size.
 """
 
 import itertools
@@ -12,7 +12,6 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from support.kv_manager import CHUNK, FULL, MAX_LEN, make_manager, make_request, make_spec
-from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.request import Request, RequestStatus
 
 OUTPUT = 200

@@ -1,10 +1,10 @@
 """The order in which vLLM's pool gives up cached pages: the same with and without reclamation.
 
-Without reclamation, a request holds all its pages until it ends. Then they join the queue of free pages, the tail first,
-so that a prefix survives longest. A page that is returned early must not join the queue early, or it would be reused
-first, and the hole would end the prefix hit of the next turn. Therefore a request keeps a claim on each page that it
-returned. Claimed pages are free, but they are reused only after all unclaimed ones, the deepest first. When the request
-ends, its claims end, and the pages join the queue in the place that they would have had.
+Without reclamation, a request holds all its pages until it ends. Then they join the queue of free pages, the tail
+first, so that a prefix survives longest. A page that is returned early must not join the queue early, or it would be
+reused first, and the hole would end the prefix hit of the next turn. Therefore a request keeps a claim on each page
+that it returned. Claimed pages are free, but they are reused only after all unclaimed ones, the deepest first. When the
+request ends, its claims end, and the pages join the queue in the place that they would have had.
 
 Written against FreeKVCacheBlockQueue in vllm/v1/core/kv_cache_utils.py and vllm/v1/core/block_pool.py.
 """

@@ -1,9 +1,9 @@
 """Exact reclamation: a KV block is returned to vLLM's pool when no later query of its request can see it.
 
-vLLM asks the backend for a layer's KV cache spec and looks up the manager of that spec in its registry. Our spec is a
-separate kind, neither full attention (prefix hits have holes) nor a sliding window (the holes are in the middle). The
-last query of a request is known: prompt plus max_tokens, at most max_model_len. Freed blocks keep their hash until vLLM
-reuses them, so later prompts may still find them, and are reused as late as if they had been held (``eviction``).
+vLLM asks a layer's backend class for its KV cache spec and looks up the manager of that spec in its registry. Our spec
+is a separate kind, neither full attention (prefix hits have holes) nor a sliding window (the holes are in the middle).
+The last query of a request is known: prompt plus max_tokens, at most max_model_len. Freed blocks keep their hash until
+vLLM reuses them, so later prompts may still find them. They are reused as late as if they had been held (``eviction``).
 
 Written against vllm/v1/core/single_type_kv_cache_manager.py and vllm/v1/kv_cache_spec_registry.py.
 """
@@ -16,6 +16,7 @@ from itertools import chain
 from typing import Any
 
 from vllm.config import VllmConfig
+from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock, resolve_block_hashes
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
@@ -296,42 +297,9 @@ KVCacheSpecRegistry.register(
 )
 
 
-# vLLM calls a backend's customize_spec without the configuration, in the process that has built the layers. These are
-# the fields of our spec in addition to vLLM's; None if reclamation is off.
-_settings: dict[str, Any] | None = None
-
-
-def configure(vllm_config: VllmConfig) -> None:
-    """Set what :func:`customize_spec` will put into a layer's spec. Called when the layer is built."""
-    global _settings
-    if vllm_config.model_config.runner_type == "draft":
-        return  # the settings of the target model apply to its draft model
-    _settings = None
-    if why_not(vllm_config) is None:
-        _settings = {
-            "pattern": options.of_config(vllm_config).effective_pattern,
-            "max_model_len": vllm_config.model_config.max_model_len,
-            "max_in_flight_tokens": vllm_config.max_in_flight_tokens,
-            "lookahead_tokens": vllm_config.num_speculative_tokens + vllm_config.num_lookahead_tokens,
-            "dense_tail": options.of_config(vllm_config).dense_tail,
-        }
-
-
-# The model whose layers must keep all blocks, and why.
-_kept: tuple[Any, str] | None = None
-
-
-def keep_everything(vllm_config: VllmConfig, reason: str) -> None:
-    """Disable reclamation for ``reason``. Called when the layers are built, before vLLM asks for their specs."""
-    global _settings, _kept
-    _settings, _kept = None, (vllm_config.model_config, reason)
-
-
 def why_not(vllm_config: VllmConfig) -> str | None:
     """Why this configuration does not return blocks early; None if it does."""
     asked = options.of_config(vllm_config)
-    if _kept is not None and _kept[0] is vllm_config.model_config:
-        return _kept[1]
     if not asked.reclaim:
         return "the option reclaim is false"
     if vllm_config.kv_transfer_config is not None:
@@ -345,9 +313,30 @@ def why_not(vllm_config: VllmConfig) -> str | None:
     return None
 
 
-def customize_spec(spec: AttentionSpec) -> AttentionSpec:
-    """The spec of a layer that runs the pattern: ours instead of full attention if reclamation is on."""
-    if _settings is None or type(spec) is not FullAttentionSpec:
+def reclaiming_backend(backend: type[AttentionBackend], vllm_config: VllmConfig) -> type[AttentionBackend]:
+    """``backend`` for the layers of one engine that reclaims.
+
+    vLLM asks a layer's backend class for the layer's spec, without the configuration. So each engine has a class of its
+    own, by the same name: vLLM groups layers by it.
+    """
+
+    def customize_spec(cls: type[AttentionBackend], spec: AttentionSpec) -> AttentionSpec:
+        return reclaiming_spec(spec, vllm_config)
+
+    names = {"__module__": backend.__module__, "__qualname__": backend.__qualname__}
+    return type(backend.__name__, (backend,), {"customize_spec": classmethod(customize_spec), **names})
+
+
+def reclaiming_spec(spec: AttentionSpec, vllm_config: VllmConfig) -> AttentionSpec:
+    """The spec of a layer that runs the pattern: ours instead of full attention."""
+    if type(spec) is not FullAttentionSpec:
         return spec
-    shared = {field.name: getattr(spec, field.name) for field in fields(AttentionSpec)}
-    return PowerAttentionSpec(**shared, **_settings)
+    asked = options.of_config(vllm_config)
+    return PowerAttentionSpec(
+        **{field.name: getattr(spec, field.name) for field in fields(AttentionSpec)},
+        pattern=asked.effective_pattern,
+        max_model_len=vllm_config.model_config.max_model_len,
+        max_in_flight_tokens=vllm_config.max_in_flight_tokens,
+        lookahead_tokens=vllm_config.num_speculative_tokens + vllm_config.num_lookahead_tokens,
+        dense_tail=asked.dense_tail,
+    )

@@ -47,8 +47,8 @@ class SchedulerAlone:
     def __init__(self, config: VllmConfig, pages: int, full_attention: bool = False) -> None:
         spec = FullAttentionSpec(block_size=PAGE, num_kv_heads=1, head_size=32, dtype=torch.bfloat16)
         if not full_attention:
-            kv_cache.configure(config)
-            spec = kv_cache.customize_spec(spec)
+            if kv_cache.why_not(config) is None:
+                spec = kv_cache.reclaiming_spec(spec, config)
             # As in a server. Also applies to schedulers created from ``config`` later.
             compat.extend_scheduler(config, CountedScheduler)
         config.cache_config.num_gpu_blocks = pages
