@@ -6,8 +6,9 @@ beams (each step is a request of its own) and parallel samples, in pools of any 
 """
 
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -21,11 +22,9 @@ OUTPUT = 200
 class Twin:
     """A request under both managers. ``end``: how many tokens both have computed, or one of them found in its cache."""
 
-    conversation: list[int]
     without: Request
     with_: Request
     end: int = 0
-    cached: list[tuple[int, int]] = field(default_factory=list)
 
 
 class Conversations(RuleBasedStateMachine):
@@ -118,7 +117,7 @@ class Conversations(RuleBasedStateMachine):
 
     def _ask(self, prompt: list[int], max_tokens: int = OUTPUT) -> None:
         name = f"r{next(self.ids)}"
-        twin = Twin(prompt, make_request(name, prompt, max_tokens), make_request(name, prompt, max_tokens))
+        twin = Twin(make_request(name, prompt, max_tokens), make_request(name, prompt, max_tokens))
         hits = {}
         for manager, request in ((self.without, twin.without), (self.with_, twin.with_)):
             hits[request] = manager.get_computed_blocks(request)
@@ -173,6 +172,51 @@ def machine(examples: int, name: str):
     return case
 
 
-TestPower = machine(100, "power")
-TestSlidingWindow = machine(20, "sliding_window")
-TestStrideSlash = machine(20, "stride_slash")
+TestPower = machine(60, "power")
+TestSlidingWindow = machine(15, "sliding_window")
+TestStrideSlash = machine(15, "stride_slash")
+
+
+# --- one conversation after the other -------------------------------------------------------------------------------
+
+
+def words(name: int, length: int) -> list[int]:
+    return list(range(1000 * name, 1000 * name + length))
+
+
+def cached_tokens(spec, pool: int, prompts: list[list[int]]) -> list[int]:
+    """Serves the prompts in turn, each with a token of output. Returns the cached tokens of each."""
+    manager = make_manager(spec, num_pages=pool)
+    cached = []
+    for number, prompt in enumerate(prompts):
+        request = make_request(str(number), prompt, 10)
+        blocks, hit, _ = manager.get_computed_blocks(request)
+        cached.append(hit)
+        while request.num_computed_tokens < len(prompt):
+            done = request.num_computed_tokens or hit
+            new = min(CHUNK, len(prompt) - done)
+            arguments = (hit, blocks) if not request.num_computed_tokens else ()
+            assert manager.allocate_slots(request, new, *arguments) is not None
+            request.num_computed_tokens = done + new
+        request.append_output_token_ids(7)
+        assert manager.allocate_slots(request, 1) is not None
+        manager.free(request)
+    return cached
+
+
+@pytest.mark.parametrize("pool", range(48, 110, 6))
+def test_the_next_turn_of_a_chat_after_another_chat(pool):
+    """Another chat evicts the tail of the first one, not its middle."""
+    chat, other = words(1, 700), words(2, 700)
+    prompts = [chat, other, chat + words(3, 20)]
+    kept, without = (cached_tokens(spec, pool, prompts)[-1] for spec in (make_spec(), FULL))
+    assert kept >= without
+    assert pool < 66 or without  # of 44 pages of each chat, some are left
+
+
+def test_agents_that_share_a_system_prompt():
+    """The next turn of the first agent skips pages of the system prompt; they are used all the same."""
+    system = words(1, 400)
+    agent, others = system + words(2, 300), words(3, 200)
+    prompts = [agent, others, agent + words(4, 90), words(5, 200), system + words(6, 50)]
+    assert cached_tokens(make_spec(), 66, prompts) == cached_tokens(FULL, 66, prompts) == [0, 0, 688, 0, 400]
