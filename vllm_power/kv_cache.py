@@ -11,8 +11,8 @@ Written against vllm/v1/core/single_type_kv_cache_manager.py and vllm/v1/kv_cach
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from itertools import chain
+from dataclasses import dataclass, field, fields
+from itertools import chain, count
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -106,6 +106,15 @@ class _Request:
     next_full_page: int = 0
 
 
+@dataclass(slots=True)
+class _Returned:
+    """The pages that a running request has returned, by their number in its table. start: its place in the order in
+    which requests returned their first page."""
+
+    start: int
+    claims: dict[int, Claim] = field(default_factory=dict)
+
+
 class PowerAttentionManager(SingleTypeKVCacheManager):
     """Frees the dead blocks of each request, even in the middle of its table, as its queries advance."""
 
@@ -115,8 +124,8 @@ class PowerAttentionManager(SingleTypeKVCacheManager):
         super().__init__(kv_cache_spec, **kwargs)
         self.prefix_caching: bool = kwargs["enable_caching"]
         self.requests: dict[str, _Request] = {}
-        # The pages that a request has returned, by their number in its table, while it runs.
-        self.returned: defaultdict[str, dict[int, Claim]] = defaultdict(dict)
+        starts = count()
+        self.returned: defaultdict[str, _Returned] = defaultdict(lambda: _Returned(next(starts)))
         self.order: EvictionOrder | None = None
         if self.prefix_caching:
             self.order = compat.order_evictions(self.block_pool, EvictionOrder)
@@ -195,9 +204,9 @@ class PowerAttentionManager(SingleTypeKVCacheManager):
         """As vLLM's, with all pages that the request returned and that were not reused since: one order for all."""
         self.requests.pop(request_id, None)
         pages = super().pop_blocks_for_free(request_id)
-        for number, claim in self.returned.pop(request_id, {}).items():
-            assert self.order is not None
-            pages[number] = self.order.hold_again(claim) or self._null_block
+        if self.order is not None and (returned := self.returned.pop(request_id, None)):
+            for number, claim in returned.claims.items():
+                pages[number] = self.order.hold_again(claim) or self._null_block
         return pages
 
     @classmethod
@@ -268,7 +277,8 @@ class PowerAttentionManager(SingleTypeKVCacheManager):
 
     def _claim(self, request_id: str, number: int, page: KVCacheBlock) -> None:
         if self.order is not None and page.block_hash is not None:
-            self.returned[request_id][number] = self.order.claim(page, number)
+            returned = self.returned[request_id]
+            returned.claims[number] = self.order.claim(page, returned.start, number)
 
     def _release(self, request_id: str, request: _Request, settled_tokens: int) -> None:
         """Free the blocks that died since the last call."""
