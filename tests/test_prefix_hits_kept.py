@@ -108,7 +108,7 @@ class Conversations(RuleBasedStateMachine):
             for manager in (self.with_, self.without):
                 assert manager.block_pool.get_num_free_blocks() == self.pool - 1
             order = self.with_.block_pool.free_block_queue
-            assert not order.claimed and not order.parked
+            assert not order.claims and not order.parked
 
     # --- helpers ------------------------------------------------------------------------------------------------
 

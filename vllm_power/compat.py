@@ -68,8 +68,9 @@ def extend_scheduler(vllm_config: "VllmConfig", *extensions: type) -> None:
         config.get_scheduler_cls = lambda: extended
 
 
-def pass_requests_to(manager: Any) -> None:
-    """Make vLLM pass every Request to ``manager.cache_blocks``, with and without prefix caching.
+def pass_request_to(manager: Any) -> None:
+    """Make vLLM pass the Request that it is about to allocate for to ``manager.cache_blocks``, even without prefix
+    caching. The manager sets ``enable_caching`` back when it has the request, because the call costs time in each step.
 
     Why: a request knows when its last query runs. The methods that allocate and free pages get only its id, and the
     coordinator skips ``cache_blocks`` of a manager without prefix caching (v1/core/kv_cache_coordinator.py).

@@ -11,8 +11,8 @@ Written against vllm/v1/core/single_type_kv_cache_manager.py and vllm/v1/kv_cach
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
-from itertools import chain, count
+from dataclasses import dataclass, fields
+from itertools import chain
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -106,15 +106,6 @@ class _Request:
     next_full_page: int = 0
 
 
-@dataclass(slots=True)
-class _Returned:
-    """The pages that a running request has returned, by their number in its table. start: its place in the order in
-    which requests returned their first page."""
-
-    start: int
-    claims: dict[int, Claim] = field(default_factory=dict)
-
-
 class PowerAttentionManager(SingleTypeKVCacheManager):
     """Frees the dead blocks of each request, even in the middle of its table, as its queries advance."""
 
@@ -124,12 +115,11 @@ class PowerAttentionManager(SingleTypeKVCacheManager):
         super().__init__(kv_cache_spec, **kwargs)
         self.prefix_caching: bool = kwargs["enable_caching"]
         self.requests: dict[str, _Request] = {}
-        starts = count()
-        self.returned: defaultdict[str, _Returned] = defaultdict(lambda: _Returned(next(starts)))
+        # The pages that a request has returned, by their number in its table, while it runs.
+        self.returned: defaultdict[str, dict[int, Claim]] = defaultdict(dict)
         self.order: EvictionOrder | None = None
         if self.prefix_caching:
             self.order = compat.order_evictions(self.block_pool, EvictionOrder)
-        compat.pass_requests_to(self)
         self.num_reclaimed = 0  # pages returned early, of all requests so far
 
     # --- what vLLM calls ----------------------------------------------------------------------------------------
@@ -139,7 +129,9 @@ class PowerAttentionManager(SingleTypeKVCacheManager):
     ) -> None:
         """Free the pages that no query from ``processed_computed_tokens`` on sees. Called before every allocation."""
         known = self.requests.get(request_id)
-        if known and processed_computed_tokens >= max(known.next_release, known.kept_until):
+        if known is None:
+            compat.pass_request_to(self)
+        elif processed_computed_tokens >= max(known.next_release, known.kept_until):
             self._release(request_id, known, processed_computed_tokens)
 
     def cache_blocks(
@@ -170,7 +162,7 @@ class PowerAttentionManager(SingleTypeKVCacheManager):
         needed = super().get_num_blocks_to_allocate(
             request_id,
             num_tokens,
-            self._seen_after(new_computed_blocks, num_local_computed_tokens),
+            new_computed_blocks and self._seen_after(new_computed_blocks, num_local_computed_tokens),
             total_computed_tokens,
             num_local_computed_tokens,
             num_tokens_main_model,
@@ -204,8 +196,8 @@ class PowerAttentionManager(SingleTypeKVCacheManager):
         """As vLLM's, with all pages that the request returned and that were not reused since: one order for all."""
         self.requests.pop(request_id, None)
         pages = super().pop_blocks_for_free(request_id)
-        if self.order is not None and (returned := self.returned.pop(request_id, None)):
-            for number, claim in returned.claims.items():
+        if self.order is not None:
+            for number, claim in self.returned.pop(request_id, {}).items():
                 pages[number] = self.order.hold_again(claim) or self._null_block
         return pages
 
@@ -262,12 +254,11 @@ class PowerAttentionManager(SingleTypeKVCacheManager):
         self.num_cached_block.setdefault(
             request.request_id, 0
         )  # lets vLLM take its shorter path for running requests
+        self.enable_caching = self.prefix_caching
         return met
 
     def _seen_after(self, pages: Sequence[KVCacheBlock], num_tokens: int) -> list[KVCacheBlock]:
         """The pages of a hit of ``num_tokens`` tokens, null where no query after it can see them."""
-        if not pages:
-            return []
         query_block = num_tokens // self.kv_cache_spec.pattern.block_size
         last_reader, pages_per_block = self.kv_cache_spec.last_reader, self.kv_cache_spec.pages_per_block
         return [
@@ -277,8 +268,7 @@ class PowerAttentionManager(SingleTypeKVCacheManager):
 
     def _claim(self, request_id: str, number: int, page: KVCacheBlock) -> None:
         if self.order is not None and page.block_hash is not None:
-            returned = self.returned[request_id]
-            returned.claims[number] = self.order.claim(page, returned.start, number)
+            self.returned[request_id][number] = self.order.claim(page)
 
     def _release(self, request_id: str, request: _Request, settled_tokens: int) -> None:
         """Free the blocks that died since the last call."""

@@ -30,10 +30,18 @@ def make_spec(name="power", max_in_flight=2 * CHUNK, lookahead=DRAFTS) -> PowerA
     )
 
 
-def make_manager(*specs, num_pages=POOL, caching=True) -> KVCacheManager:
+def make_manager(*specs, num_pages=POOL, caching=True, events=False) -> KVCacheManager:
     groups = [KVCacheGroupSpec([f"layer.{number}"], spec) for number, spec in enumerate(specs)]
     config = KVCacheConfig(num_pages, [], groups)
-    return KVCacheManager(config, MAX_LEN, PAGE, PAGE, max_in_flight_tokens=2 * CHUNK, enable_caching=caching)
+    return KVCacheManager(
+        config,
+        MAX_LEN,
+        PAGE,
+        PAGE,
+        max_in_flight_tokens=2 * CHUNK,
+        enable_caching=caching,
+        enable_kv_cache_events=events,
+    )
 
 
 def make_request(name, prompt, max_tokens) -> Request:
