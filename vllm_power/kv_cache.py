@@ -258,7 +258,7 @@ class PowerAttentionManager(SingleTypeKVCacheManager):
         return met
 
     def _seen_after(self, pages: Sequence[KVCacheBlock], num_tokens: int) -> list[KVCacheBlock]:
-        """The pages of a hit of ``num_tokens`` tokens, null where no query after it can see them."""
+        """The pages of a hit of ``num_tokens`` tokens, null for those that no query after it can see."""
         query_block = num_tokens // self.kv_cache_spec.pattern.block_size
         last_reader, pages_per_block = self.kv_cache_spec.last_reader, self.kv_cache_spec.pages_per_block
         return [
