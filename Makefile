@@ -20,10 +20,12 @@ demo: setup ## serve a small model with the backend and run a passkey test again
 	@$(BIN)/vllm-power demo
 
 test: setup ## all tests (GPU tests are skipped without a GPU)
-	$(BIN)/pytest --durations=20
+	@# Engines and servers need all cores; the other tests use one each.
+	$(BIN)/pytest -m "not e2e" --numprocesses auto --dist loadfile --durations=20
+	$(BIN)/pytest -m e2e --durations=20
 
 test-fast: setup ## tests that start no engine
-	$(BIN)/pytest -m "not e2e"
+	$(BIN)/pytest -m "not e2e" --numprocesses auto --dist loadfile
 
 test-gpu: setup ## tests on an NVIDIA GPU: native kernels, and the engine
 	$(BIN)/pytest -m gpu

@@ -61,7 +61,7 @@ def main(step: str, file: Path) -> None:
         if "power" not in plugins:
             sys.exit(f"vLLM would find only these {group}: {sorted(plugins)}")
         plugins["power"].load()
-    print(f"{PLUGIN} {version(PLUGIN)} beside vLLM {version('vllm')}: {len(noted)} other packages unchanged")
+    print(f"{PLUGIN} {version(PLUGIN)} with vLLM {version('vllm')}: {len(noted)} other packages unchanged")
 
 
 if __name__ == "__main__":

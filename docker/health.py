@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Ask the container's server for /health; the exit status is 0 where it answers. For Docker's HEALTHCHECK.
+"""Ask the container's server for /health; the exit status is 0 if it answers. For Docker's HEALTHCHECK.
 
 Where the server listens is read from the arguments of the container's first process, so that `--port` needs to be said
 only once. Kubernetes has probes of its own and ignores this.

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_power.pattern import ENDLESS, PATTERN_ROWS, Pattern, RowRule
+from vllm_power.pattern import ENDLESS, EVERY_ROW, PATTERN_ROWS, Pattern, RowRule
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,8 @@ def build_plan(
     seq_lens: int [R], tokens of each request, including the new ones.
     page_table: int [R, P], pages of each request, one per ``page_size`` positions.
     merge_dense: keep the leading blocks that see everything before them in one segment.
-    rule: which rows see everything. prompt_lens: int [R], needed if the rule has dense rows.
+    rule: which rows see everything. prompt_lens: int [R], needed if the rule has dense rows; ``EVERY_ROW`` for a
+        request all of whose rows see everything.
 
     Raises ValueError if ``page_size`` does not divide the pattern's block.
     """
@@ -97,8 +98,8 @@ def build_plan(
     if rule.has_dense_rows:
         assert prompt_lens is not None
         dense_start = torch.clamp(prompt_lens - rule.dense_tail, min=0).maximum(start).minimum(end)
-        dense_end = (torch.full_like(end, ENDLESS) if rule.dense_decode else prompt_lens).maximum(dense_start)
-        dense_end = dense_end.minimum(end)
+        dense_end = torch.where((prompt_lens == EVERY_ROW) | rule.dense_decode, ENDLESS, prompt_lens)
+        dense_end = dense_end.maximum(dense_start).minimum(end)
         edges = torch.stack([start, dense_start, dense_end, end], 1)
         start, end = edges[:, :-1].flatten(), edges[:, 1:].flatten()
         request = request.repeat_interleave(3)

@@ -9,7 +9,9 @@ import triton
 import triton.language as tl
 
 from vllm_power.kernels.plan import Plan, VisibleBlocks
-from vllm_power.pattern import PATTERN_ROWS, RowRule
+from vllm_power.pattern import EVERY_ROW, PATTERN_ROWS, RowRule
+
+EVERY = tl.constexpr(EVERY_ROW)
 
 
 @triton.jit
@@ -30,7 +32,7 @@ def _edges(
         prompt = tl.load(prompt_lens + request, mask=exists, other=0)
         dense_start = tl.minimum(tl.maximum(tl.maximum(prompt - DENSE_TAIL, 0), first), length)
         if not DENSE_DECODE:
-            dense_end = tl.minimum(tl.maximum(prompt, dense_start), length)
+            dense_end = tl.minimum(tl.where(prompt == EVERY, length, tl.maximum(prompt, dense_start)), length)
     return first, dense_start, dense_end
 
 
@@ -198,7 +200,7 @@ class PlanBuilder:
         query_start_loc: int32 [R + 1]. seq_lens: int32 [R], including new tokens. page_table: int32 [R, P]; columns
         past a request's pages may hold anything. A request without new tokens (padding) may have any length.
         num_tokens, max_query_len: bounds known to the host, on the step's tokens and on the new tokens of a request.
-        prompt_lens: int32 [R], prompt tokens of each request; None if the rule has no dense rows.
+        prompt_lens: int32 [R], prompt tokens of each request, or ``EVERY_ROW``; None if the rule has no dense rows.
 
         Unused segments start and end at the number of real tokens; their key lengths and pages are 0.
 

@@ -23,6 +23,10 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # A shell that starts tests in the background has them ignore Ctrl-C, and all that they start in turn.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    # Several test processes share the cores; threads that wait for each other would take them from the rest.
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     import triton.experimental.gluon  # noqa: F401

@@ -16,9 +16,8 @@ from vllm_power.hf.attention import use_power
 from vllm_power.options import PatternOptions, resolve
 from vllm_power.pattern import preset
 from vllm_power.tools.calibrate.choose import choose, passes
-from vllm_power.tools.calibrate.measure import Effect, Probe
+from vllm_power.tools.calibrate.measure import Effect, Probe, windows
 from vllm_power.tools.calibrate.run import run
-from vllm_power.tools.calibrate.text import windows
 from vllm_power.tools.cli import app
 from vllm_power.tools.common.english import english_text
 

@@ -46,6 +46,7 @@ def test_unknown_command_fails():
         (["powr"], "unknown pattern 'powr'"),
         (["--block-size", "100"], "power of two"),
         (["--tokens", "0"], "--tokens"),
+        (["power", "--window-blocks", "0"], "window_blocks"),
     ],
 )
 def test_a_wrong_pattern_says_why(words, cause):

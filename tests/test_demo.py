@@ -20,7 +20,7 @@ from vllm_power.tools.common.passkey_data import ANSWER
 from vllm_power.tools.common.vllm_server import Server, ServerFailed, last_lines, serve
 from vllm_power.tools.demo import passkeys, requests
 from vllm_power.tools.demo.run import run, shorten
-from vllm_power.tools.passkey.export import make_tokenizer
+from vllm_power.tools.passkey.model import make_tokenizer
 
 # Answers /health after a moment, logs its arguments, and has a child process, like vLLM.
 STAND_IN = """#!{python}
@@ -228,9 +228,9 @@ def test_interrupting_the_demo_stops_the_server(tmp_path, number):
     program.write_text(STAND_IN.format(python=sys.executable))
     program.chmod(0o755)
     code = (
-        "import sys; from vllm_power.tools.common import vllm_server as server; from vllm_power.tools.demo import run;"
+        "import sys; from vllm_power.tools import cli; from vllm_power.tools.common import vllm_server as server;"
         f"server.vllm_executable = lambda: {str(program)!r};"
-        "sys.exit(run.run('--never', 'power', None))"
+        "sys.argv = ['vllm-power', 'demo', '--model=--never']; cli.main()"
     )
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     demo = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.DEVNULL)

@@ -210,4 +210,4 @@ def test_the_command_shows_a_table(monkeypatch):
     )
     done = CliRunner().invoke(app, ["doctor"])
     assert done.exit_code == 1
-    assert "1 to mend." in done.stdout
+    assert "1 to fix." in done.stdout

@@ -3,6 +3,7 @@
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from support.paged import Request, make_step
@@ -16,8 +17,9 @@ from vllm_power import buffers, executors
 from vllm_power.executors import PowerMetadata
 from vllm_power.gpu_backend import PowerBackend, PowerImpl, PowerMetadataBuilder
 from vllm_power.options import NAME
-from vllm_power.pattern import preset
+from vllm_power.pattern import RowRule, preset
 from vllm_power.plugin import register
+from vllm_power.prompt_lengths import DenseRuns
 from vllm_power.warmup import warm_up
 
 register()
@@ -214,6 +216,34 @@ def test_choice_of_executors(monkeypatch):
     for version in (None, 2, 4):
         monkeypatch.setattr(executors, "flash_attn_version", lambda version=version: version)
         assert executors.choose("auto", False, *half) == ("triton", "triton")
+
+
+def test_warm_up_runs_dense_rows_of_prompts(config, builder, monkeypatch):
+    """Our kernels take a power of two as the bound on their number, so these sizes are all that a step can need."""
+    with set_current_vllm_config(config):
+        impl = PowerImpl(4, 64, 0.125, 2, None, None, "auto")
+    cache = torch.randn(3, 2, PAGE_SIZE, 128, device=DEVICE)
+    layer = SimpleNamespace(impl=impl, kv_cache=cache, num_heads=4, head_size=64, dtype=torch.float32)
+    monkeypatch.setattr(builder, "layer_names", ["layer"])
+    monkeypatch.setattr(builder, "max_num_reqs", 1)
+    monkeypatch.setitem(config.compilation_config.static_forward_context, "layer", layer)
+    monkeypatch.setattr(config.scheduler_config, "max_num_batched_tokens", 65)
+    build, seen = builder.dense_part, []
+
+    def dense_part(runs, pages):
+        part = build(runs, pages)
+        seen.append((int(runs.num_rows[0]), int(runs.num_keys[0]), part.max_query_len))
+        return part
+
+    monkeypatch.setattr(builder, "dense_part", dense_part)
+    warm_up(builder)
+    assert seen == []
+    monkeypatch.setattr(builder, "rows", RowRule(16))
+    monkeypatch.setattr(builder, "dense", "triton")
+    warm_up(builder)
+    assert seen == [*((size, size, size) for size in (1, 2, 4, 8, 16, 32, 64)), (65, 65, 128)]
+    run = DenseRuns(*(np.array([number]) for number in (0, 0, 33, 40)))
+    assert build(run, torch.zeros(1, 8, dtype=torch.int32, device=DEVICE)).max_query_len == 64
 
 
 def test_warm_up_runs_every_size_class(config, builder, monkeypatch):

@@ -90,7 +90,7 @@ def test_the_mode_follows_the_checkpoint():
     free = resolve(None, None)
     assert (free.mode, free.rows, free.dense_layers) == (
         "training_free",
-        RowRule(128, True),
+        RowRule(128, True, on_request=True),
         {"every": 7, "keep": 2},
     )
     trained = resolve(None, {"pattern": "power"})
@@ -99,7 +99,10 @@ def test_the_mode_follows_the_checkpoint():
     assert resolve(None, stored).rows == RowRule(64, True)
     assert resolve(None, stored).dense_layers == [3]
     asked = {"mode": "training_free", "dense_tail": 32, "dense_layers": []}
-    assert (resolve(asked, None).rows, resolve(asked, None).dense_layers) == (RowRule(32, True), [])
+    assert (resolve(asked, None).rows, resolve(asked, None).dense_layers) == (
+        RowRule(32, True, on_request=True),
+        [],
+    )
     assert resolve({"mode": "trained"}, None).rows == RowRule()
 
 

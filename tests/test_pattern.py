@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_power import pattern as pattern_module
-from vllm_power.pattern import ENDLESS, NAMES, POWER, Pattern, draw, main, preset
+from vllm_power.pattern import ENDLESS, NAMES, POWER, Pattern, draw, preset
 
 PRESETS = [preset(name) for name in NAMES]
 ids = [pattern.name for pattern in PRESETS]
@@ -88,7 +87,7 @@ def test_every_token_is_reached_within_log2_layers(window):
         assert hop is not None and hop <= math.floor(math.log2(distance)) + 1
         assert hop <= distance.bit_count()
     for layers in range(1, 13):
-        assert len(preset("power").receptive_field(blocks - 1, layers)) >= min(blocks, 2**layers)
+        assert sum(hop <= layers for hop in preset("power").hops(blocks - 1)) >= min(blocks, 2**layers)
 
 
 def test_the_others_leave_holes_or_need_many_layers():
@@ -128,13 +127,6 @@ patterns = st.builds(
 
 
 @given(patterns, st.integers(0, 300), st.integers(0, 300))
-def test_next_reader_is_the_first_to_see_it(pattern, k, q):
-    horizon = 1024
-    expected = next((later for later in range(max(q, k), horizon) if pattern.sees(later, k)), None)
-    assert pattern.next_reader(k, q) == expected
-
-
-@given(patterns, st.integers(0, 300), st.integers(0, 300))
 def test_last_reader_is_the_last_to_see_it(pattern, k, later):
     assert pattern.last_reader(k, k + later) == max(q for q in range(k, k + later + 1) if pattern.sees(q, k))
 
@@ -166,11 +158,12 @@ def test_the_largest_numbers_take_little_time(name):
 
 
 @given(patterns, st.integers(0, 40), st.integers(0, 5))
-def test_receptive_field_is_the_pattern_applied_layer_by_layer(pattern, q, layers):
+def test_hops_are_the_pattern_applied_layer_by_layer(pattern, q, layers):
     field = {q}
     for _ in range(layers):
         field |= {k for block in field for k in pattern.visible_blocks(block)}
-    assert pattern.receptive_field(q, layers) == tuple(sorted(field))
+    hops = pattern.hops(q)
+    assert field == {k for k, hop in enumerate(hops) if hop is not None and hop <= layers}
 
 
 @pytest.mark.parametrize(
@@ -193,14 +186,9 @@ def test_out_of_range_is_refused(fields):
         Pattern(**fields)
 
 
-def test_drawing_shows_the_mask_and_its_counts(capsys):
-    main(["power", "--tokens", "16384"])
-    lines = capsys.readouterr().out.splitlines()
+def test_drawing_shows_the_mask_and_its_counts():
+    lines = draw(POWER, 16_384).splitlines()
     for q in (0, 6, 63):
         assert [i for i, mark in enumerate(lines[q]) if mark == "█"] == list(POWER.visible_blocks(q))
     assert "24.13%" in lines[-1] and "last block sees 9 blocks" in lines[-2]
     assert "never reached" in draw(preset("dilated"), 16_384)
-    with pytest.raises(SystemExit):
-        main(["power", "--window-blocks", "0"])
-    assert "window_blocks" in capsys.readouterr().err
-    assert pattern_module.__doc__ is not None

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from vllm_power.hf.attention import use_power
 from vllm_power.pattern import NAMES, preset
 from vllm_power.tools.cli import app
-from vllm_power.tools.passkey.export import make_tokenizer
+from vllm_power.tools.passkey.model import make_tokenizer
 from vllm_power.tools.probe.plot import heatmaps, plot
 from vllm_power.tools.probe.probe import Prompts, accuracies, make_prompts, pooled, reached
 

@@ -2,11 +2,13 @@
 
 import copyreg
 import sys
-from collections.abc import Callable
-from functools import wraps
+from collections.abc import Callable, Sequence
+from functools import partial, wraps
 from typing import TYPE_CHECKING, Any
 
+from vllm_power.dense_requests import is_dense
 from vllm_power.options import NAME
+from vllm_power.pattern import EVERY_ROW
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -119,21 +121,22 @@ def tell_kv_cache_kind(spec: type) -> None:
 
 
 def tell_prompt_lengths() -> None:
-    """Make vLLM's model runners pass each request's prompt length, which decides the dense rows, to our builders.
+    """Make vLLM's model runners tell our builders each request's prompt length, or ``EVERY_ROW`` if it asked for that.
 
     Why: only the runners know it. They have a field for it, ``CommonAttentionMetadata.rswa_prefix_lens``, but fill it
-    only for models with ``rswa_window`` (v1/worker/gpu_model_runner.py, v1/worker/gpu/model_runner.py). With that
-    property set, FlashAttention would apply a window to its own layers. It reads the property itself, so filling only
-    the field changes nothing for other backends.
+    only for models with ``rswa_window`` (v1/worker/gpu_model_runner.py, v1/worker/gpu/model_runner.py). Backends that
+    read the field also read that property, so filling only the field changes nothing for them.
     Symptom: with dense rows, every request is treated as one without a prompt.
-    Remove when: the metadata always has the prompt lengths.
+    Remove when: the metadata always has the prompt lengths, and room for what a request asks of the backend.
     """
     v1 = sys.modules.get("vllm.v1.worker.gpu_model_runner")
     if v1 is not None:
-        _wrap(v1.GPUModelRunner, "_build_attention_metadata", _as_if_windowed)
+        _wrap(v1.GPUModelRunner, "_update_states", _noting_dense_requests)
+        _wrap(v1.GPUModelRunner, "_build_attention_metadata", partial(_filling_metadata, v1))
     v2 = sys.modules.get("vllm.v1.worker.gpu.model_runner")
     if v2 is not None:
-        _wrap(v2.GPUModelRunner, "prepare_inputs", _with_prompt_lengths)
+        _wrap(v2.GPUModelRunner, "add_requests", _noting_dense_requests)
+        _wrap(v2.GPUModelRunner, "prepare_inputs", _filling_batch)
 
 
 def _wrap(owner: Any, name: str, wrapper: Any) -> None:
@@ -142,36 +145,57 @@ def _wrap(owner: Any, name: str, wrapper: Any) -> None:
         setattr(owner, name, wraps(original)(wrapper(original)))
 
 
-class _Windowed:
-    """A ModelConfig that claims to have ``rswa_window``."""
+def _noting_dense_requests(original: Any) -> Any:
+    """Keep the ids of requests that ask that all their rows see everything in the runner's ``power_dense``."""
 
-    rswa_window = 1
+    def update(self: Any, step: Any, *args: Any, **kwargs: Any) -> Any:
+        noted: set[str] = self.__dict__.setdefault("power_dense", set())
+        noted -= step.finished_req_ids
+        for new in step.scheduled_new_reqs:
+            (noted.add if is_dense(new.sampling_params) else noted.discard)(new.req_id)
+        return original(self, step, *args, **kwargs)
 
-    def __init__(self, config: Any) -> None:
-        self._config = config
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._config, name)
+    return update
 
 
-def _as_if_windowed(original: Any) -> Any:
+def _told(runner: Any, prompt_lens: Any, req_ids: Sequence[str]) -> Any:
+    """``prompt_lens``, an int32 tensor on the host, with ``EVERY_ROW`` for requests that asked for it."""
+    noted = runner.__dict__.get("power_dense")
+    if noted and (rows := [row for row, req_id in enumerate(req_ids) if req_id in noted]):
+        prompt_lens = prompt_lens.clone()
+        prompt_lens[rows] = EVERY_ROW
+    return prompt_lens
+
+
+def _filling_metadata(module: Any, original: Any) -> Any:
+    metadata = module.CommonAttentionMetadata
+
     def build(self: Any, *args: Any, **kwargs: Any) -> Any:
-        config, self.model_config = self.model_config, _Windowed(self.model_config)
+        batch = self.input_batch
+
+        def with_prompt_lengths(**fields: Any) -> Any:
+            if fields.get("rswa_prefix_lens") is None:
+                prompt_lens = batch.num_prompt_tokens_cpu_tensor[: fields["num_reqs"]]
+                fields["rswa_prefix_lens"] = _told(self, prompt_lens, batch.req_ids)
+            return metadata(**fields)
+
+        module.CommonAttentionMetadata = with_prompt_lengths
         try:
             return original(self, *args, **kwargs)
         finally:
-            self.model_config = config
+            module.CommonAttentionMetadata = metadata
 
     return build
 
 
-def _with_prompt_lengths(original: Any) -> Any:
+def _filling_batch(original: Any) -> Any:
     def prepare(self: Any, *args: Any, **kwargs: Any) -> Any:
         import torch
 
         batch = original(self, *args, **kwargs)
         if batch.prompt_lens is None:
-            batch.prompt_lens = torch.from_numpy(self.req_states.prompt_len.np[batch.idx_mapping_np])
+            prompt_lens = torch.from_numpy(self.req_states.prompt_len.np[batch.idx_mapping_np])
+            batch.prompt_lens = _told(self, prompt_lens, batch.req_ids)
         return batch
 
     return prepare

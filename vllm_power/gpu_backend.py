@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from triton import next_power_of_2
 from vllm.config import VllmConfig, get_current_vllm_config_or_none
 from vllm.config.cache import CacheDType
 from vllm.platforms import current_platform
@@ -242,7 +243,10 @@ class PowerMetadataBuilder(AttentionMetadataBuilder[PowerMetadata]):
         if len(runs.request) > 1:
             each = zip(runs.first_row, runs.num_rows, strict=True)
             rows = put(np.concatenate([np.arange(first, first + number) for first, number in each]))
-        return Part(plan, rows, int(runs.num_rows.max()), False, self.dense, self.buffers.workspace)
+        longest = int(runs.num_rows.max())
+        if self.dense == "triton":  # a bound that takes few values: kernels are compiled for it
+            longest = next_power_of_2(longest)
+        return Part(plan, rows, longest, False, self.dense, self.buffers.workspace)
 
 
 class PowerImpl(LayerImpl, AttentionImpl[PowerMetadata]):

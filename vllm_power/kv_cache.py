@@ -10,7 +10,7 @@ Written against vllm/v1/core/single_type_kv_cache_manager.py and vllm/v1/kv_cach
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import chain
 from typing import Any
@@ -25,9 +25,11 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request
 
 from vllm_power import compat, options
+from vllm_power.dense_requests import is_dense
 from vllm_power.eviction import Claim, EvictionOrder
 from vllm_power.lifetimes import Lifetimes, lifetimes
-from vllm_power.pattern import Pattern
+from vllm_power.pattern import ENDLESS, Pattern
+from vllm_power.prefix_hashes import are_dense_request
 from vllm_power.prefix_hits import longest_hits
 
 
@@ -38,6 +40,7 @@ class PowerAttentionSpec(AttentionSpec):
     max_model_len: the longest sequence. max_in_flight_tokens: the most tokens of steps that are not settled yet.
     lookahead_tokens: how far past the last token speculative decoding may query.
     dense_tail: how many last tokens of a prompt see everything. If not 0, blocks live until the prompt ends.
+    dense_requests: whether requests may ask that all their rows see everything. Then all their blocks live on.
     """
 
     pattern: Pattern
@@ -45,10 +48,13 @@ class PowerAttentionSpec(AttentionSpec):
     max_in_flight_tokens: int
     lookahead_tokens: int
     dense_tail: int = 0
+    dense_requests: bool = False
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         """Peak bytes of one request of max_model_len tokens. vLLM sizes the cache and reports concurrency by it."""
-        return self.peak_pages(0, vllm_config.model_config.max_model_len) * self.page_size_bytes
+        longest = vllm_config.model_config.max_model_len
+        pages = -(-longest // self.block_size) if self.dense_requests else self.peak_pages(0, longest)
+        return pages * self.page_size_bytes
 
     @property
     def pages_per_block(self) -> int:
@@ -67,12 +73,11 @@ class PowerAttentionSpec(AttentionSpec):
         last_query = min(max(num_tokens - 2, 0) + self.lookahead_tokens, self.max_model_len - 1)
         return lifetimes(self.pattern, last_query // self.pattern.block_size)
 
-    @property
-    def last_reader(self) -> Sequence[int]:
-        """The last query block, up to max_model_len, that reads a block."""
+    def last_reader(self, every_row: bool) -> Sequence[int]:
+        """The last query block, up to max_model_len, that reads a block. every_row: all rows see everything."""
         last = (self.max_model_len - 1) // self.pattern.block_size
-        if self.dense_tail:
-            return (last,) * (last + 1)  # the prompt's tail reads all of it
+        if self.dense_tail or every_row:
+            return (last,) * (last + 1)  # the prompt's tail, or every row, reads all of it
         return lifetimes(self.pattern, last).last_reader
 
     def peak_pages(self, query_block: int, num_tokens: int) -> int:
@@ -120,6 +125,7 @@ class PowerAttentionManager(SingleTypeKVCacheManager):
         self.order: EvictionOrder | None = None
         if self.prefix_caching:
             self.order = compat.order_evictions(self.block_pool, EvictionOrder)
+        self.known_requests: Mapping[str, Request] = {}  # those of the scheduler, by their ids
         self.num_reclaimed = 0  # pages returned early, of all requests so far
 
     # --- what vLLM calls ----------------------------------------------------------------------------------------
@@ -162,14 +168,15 @@ class PowerAttentionManager(SingleTypeKVCacheManager):
         needed = super().get_num_blocks_to_allocate(
             request_id,
             num_tokens,
-            new_computed_blocks and self._seen_after(new_computed_blocks, num_local_computed_tokens),
+            new_computed_blocks
+            and self._seen_after(request_id, new_computed_blocks, num_local_computed_tokens),
             total_computed_tokens,
             num_local_computed_tokens,
             num_tokens_main_model,
             False,
             prefill_end,
         )
-        if not apply_admission_cap:
+        if not apply_admission_cap or self._keeps_all(request_id):
             return needed
         known = self.requests.get(request_id) or _Request(self.kv_cache_spec.max_model_len)
         peak = self.kv_cache_spec.peak_pages(known.query_block, known.num_tokens)
@@ -184,7 +191,7 @@ class PowerAttentionManager(SingleTypeKVCacheManager):
         num_external_computed_tokens: int,
     ) -> None:
         """As vLLM's, but the request holds only those pages of its hit that a query after it can see."""
-        seen = self._seen_after(new_computed_blocks, num_local_computed_tokens)
+        seen = self._seen_after(request_id, new_computed_blocks, num_local_computed_tokens)
         for number, (page, kept) in enumerate(zip(new_computed_blocks, seen, strict=True)):
             if kept.is_null and not page.is_null:
                 self._claim(request_id, number, page)
@@ -229,7 +236,7 @@ class PowerAttentionManager(SingleTypeKVCacheManager):
         cached, longest, before = longest_hits(
             lambda page: block_pool.get_cached_block(block_hashes[page], kv_cache_group_ids),
             min(max_length // page_size, len(block_hashes)),
-            kv_cache_spec.last_reader,
+            kv_cache_spec.last_reader(are_dense_request(block_hashes)),
             kv_cache_spec.pages_per_block,
             alignment_tokens // math.gcd(alignment_tokens, page_size),
         )
@@ -241,26 +248,36 @@ class PowerAttentionManager(SingleTypeKVCacheManager):
 
     # --- helpers ------------------------------------------------------------------------------------------------
 
+    def _keeps_all(self, request_id: str) -> bool:
+        """Whether the request asked that all its rows see everything, so that none of its blocks dies."""
+        request = self.known_requests.get(request_id) if self.kv_cache_spec.dense_requests else None
+        return request is not None and is_dense(request.sampling_params)
+
     def _meet(self, request: Request) -> _Request:
         """Record the maximum length of a request at its first allocation. Pages that its prefix hit skips are null."""
         limit = kept_until = self.kv_cache_spec.max_model_len
         if not getattr(request, "resumable", False):  # a resumable request may get more prompt later
             limit = min(limit, request.num_prompt_tokens + request.max_tokens)
             kept_until = request.num_prompt_tokens
+        if not self.kv_cache_spec.dense_tail:
+            kept_until = 0
+        if self._keeps_all(request.request_id):
+            kept_until = ENDLESS
         num_null = sum(page.is_null for page in self.req_to_blocks[request.request_id])
-        self.requests[request.request_id] = met = _Request(
-            limit, kept_until if self.kv_cache_spec.dense_tail else 0, num_null
-        )
+        self.requests[request.request_id] = met = _Request(limit, kept_until, num_null)
         self.num_cached_block.setdefault(
             request.request_id, 0
         )  # lets vLLM take its shorter path for running requests
         self.enable_caching = self.prefix_caching
         return met
 
-    def _seen_after(self, pages: Sequence[KVCacheBlock], num_tokens: int) -> list[KVCacheBlock]:
+    def _seen_after(
+        self, request_id: str, pages: Sequence[KVCacheBlock], num_tokens: int
+    ) -> list[KVCacheBlock]:
         """The pages of a hit of ``num_tokens`` tokens, null for those that no query after it can see."""
         query_block = num_tokens // self.kv_cache_spec.pattern.block_size
-        last_reader, pages_per_block = self.kv_cache_spec.last_reader, self.kv_cache_spec.pages_per_block
+        last_reader = self.kv_cache_spec.last_reader(self._keeps_all(request_id))
+        pages_per_block = self.kv_cache_spec.pages_per_block
         return [
             page if last_reader[number // pages_per_block] >= query_block else self._null_block
             for number, page in enumerate(pages)
@@ -339,4 +356,5 @@ def reclaiming_spec(spec: AttentionSpec, vllm_config: VllmConfig) -> AttentionSp
         max_in_flight_tokens=vllm_config.max_in_flight_tokens,
         lookahead_tokens=vllm_config.num_speculative_tokens + vllm_config.num_lookahead_tokens,
         dense_tail=asked.dense_tail,
+        dense_requests=asked.dense_requests,
     )

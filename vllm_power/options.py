@@ -7,11 +7,12 @@ sets another. If the two contradict each other, the server would silently give w
 
 import difflib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from vllm_power.pattern import NAMES, POWER, Pattern, RowRule, preset
+from vllm_power.pattern import NAMES, POWER, Pattern, PatternName, RowRule, preset
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -24,8 +25,13 @@ CHECKPOINT = "power_attention in the checkpoint's config.json"
 
 # What each mode sets if neither the command line nor the checkpoint does.
 MODES: dict[str, dict[str, Any]] = {
-    "trained": {"dense_tail": 0, "decode": "pattern", "dense_layers": []},
-    "training_free": {"dense_tail": 128, "decode": "dense", "dense_layers": {"every": 7, "keep": 2}},
+    "trained": {"dense_tail": 0, "decode": "pattern", "dense_layers": [], "dense_requests": False},
+    "training_free": {
+        "dense_tail": 128,
+        "decode": "dense",
+        "dense_layers": {"every": 7, "keep": 2},
+        "dense_requests": True,
+    },
 }
 
 
@@ -34,9 +40,7 @@ class PatternOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    pattern: Literal["power", "sliding_window", "stride_slash", "dilated", "longnet", "full"] = Field(
-        "power", description="which blocks a query sees"
-    )
+    pattern: PatternName = Field("power", description="which blocks a query sees")
     block_size: int | None = Field(None, description="tokens in a block, a power of two; default 256")
     sink_blocks: int | None = Field(None, description="first blocks that every query sees")
     window_blocks: int | None = Field(None, description="latest blocks that a query sees, its own included")
@@ -116,10 +120,21 @@ class PowerOptions(PatternOptions):
         description="let prompts of other lengths reuse cached pages of dense rows: a chat's last answer need not be "
         "prefilled again, but answers then depend on what is cached",
     )
+    dense_requests: bool = Field(
+        False,
+        description='serve requests that ask for dense attention, "vllm_xargs": {"power": "dense"}; default true in '
+        "mode training_free. In mode trained it makes decode slower, and the KV cache must hold the longest sequence "
+        "without reclamation",
+    )
     reclaim: bool = Field(True, description="give KV blocks back as soon as no later query can see them")
     override_checkpoint: bool = Field(
         False, description="let the command line's pattern win over a different one in the checkpoint"
     )
+
+    @property
+    def rows(self) -> RowRule:
+        """Which rows see everything, also in requests that ask for it."""
+        return replace(super().rows, on_request=self.dense_requests)
 
     def dense_layer_indices(self, num_layers: int) -> frozenset[int]:
         """As in :class:`PatternOptions`. But if the default of a mode would make every layer of a small model dense, no

@@ -5,19 +5,20 @@ at the granularity of blocks of ``block_size`` tokens. A query token sees every 
 its own block it sees the tokens up to itself. Everything else in this project (oracle, plan, kernels, cache manager,
 training, docs) uses this file.
 
-    python -m vllm_power.pattern                  # draws PowerAttention over 16,384 tokens
-    python -m vllm_power.pattern longnet --tokens 32768
+    vllm-power pattern                  # draws PowerAttention over 16,384 tokens
+    vllm-power pattern longnet --tokens 32768
 
 This module uses only the standard library, not torch.
 """
 
-import argparse
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import count, takewhile
+from typing import Literal, get_args
 
-NAMES = ("power", "sliding_window", "stride_slash", "dilated", "longnet", "full")
+PatternName = Literal["power", "sliding_window", "stride_slash", "dilated", "longnet", "full"]
+NAMES: tuple[str, ...] = get_args(PatternName)
 
 ENDLESS = 2**31 - 1  # more blocks than any sequence has; fits an int32
 
@@ -92,24 +93,6 @@ class Pattern:
     def visible_blocks(self, q: int) -> tuple[int, ...]:
         """The key blocks that query block ``q`` sees, ascending; its own block, if visible, is last."""
         return tuple(sorted({k for k in self._candidates(q) if self.sees(q, k)}))
-
-    def next_reader(self, k: int, q: int) -> int | None:
-        """The first query block at or after ``q`` that reads key block ``k``; None if there is none."""
-        q = max(q, k)
-        if self.sees(q, k):
-            return q
-        d = q - k
-        match self.name:
-            case "power":
-                return k + (1 << (d - 1).bit_length())
-            case "stride_slash":
-                return k + -(-d // self.stride) * self.stride
-            case "dilated":
-                return q + 1 if self.sees(q + 1, k) else None
-            case "longnet":
-                segment_end = (k | (LONGNET_SEGMENT - 1)) + 1
-                return next((later for later in range(q, segment_end) if self.sees(later, k)), None)
-        return None  # sliding_window has passed it
 
     def last_reader(self, k: int, last: int) -> int:
         """The last query block up to ``last`` (``>= k``) that reads key block ``k``; after that, ``k`` is dead."""
@@ -265,10 +248,6 @@ class Pattern:
             frontier = reached
         return hops
 
-    def receptive_field(self, q: int, layers: int) -> tuple[int, ...]:
-        """The blocks whose tokens can influence query block ``q`` after ``layers`` layers, ascending."""
-        return tuple(k for k, hop in enumerate(self.hops(q)) if hop is not None and hop <= layers)
-
     def __str__(self) -> str:
         text = f"{self.name} (block {self.block_size}, sink {self.sink_blocks}"
         if self.name not in ("longnet", "full"):
@@ -306,6 +285,10 @@ def preset(name: str, **changes: int) -> Pattern:
 POWER = preset("power")
 
 
+# Instead of a prompt length: the request asked that all its rows see everything.
+EVERY_ROW = -1
+
+
 @dataclass(frozen=True)
 class RowRule:
     """Which rows (query tokens) of a request see every earlier token instead of the pattern.
@@ -314,12 +297,14 @@ class RowRule:
 
     dense_tail: how many last tokens of the prompt see everything, 0 for none.
     dense_decode: whether every token after the prompt sees everything.
+    on_request: whether a request may ask that all its rows see everything. Its prompt length is then ``EVERY_ROW``.
 
     Raises ValueError for a negative ``dense_tail``.
     """
 
     dense_tail: int = 0
     dense_decode: bool = False
+    on_request: bool = False
 
     def __post_init__(self) -> None:
         if self.dense_tail < 0:
@@ -329,10 +314,12 @@ class RowRule:
 
     @property
     def has_dense_rows(self) -> bool:
-        return self.dense_tail > 0 or self.dense_decode
+        return self.dense_tail > 0 or self.dense_decode or self.on_request
 
     def dense_rows(self, prompt_tokens: int) -> tuple[int, int]:
         """The positions [start, end) whose rows see everything; ``end`` is ``ENDLESS`` with ``dense_decode``."""
+        if prompt_tokens == EVERY_ROW:
+            return 0, ENDLESS
         return max(0, prompt_tokens - self.dense_tail), ENDLESS if self.dense_decode else prompt_tokens
 
     def sees_everything(self, position: int, prompt_tokens: int) -> bool:
@@ -366,25 +353,3 @@ def draw(pattern: Pattern, num_tokens: int) -> str:
         f"{pattern.density(num_tokens):.2%} of the causal block pairs are read; {reach}"
     )
     return "\n".join([*rows, "", counts])
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Draw a pattern in the terminal and print its counts."""
-    parser = argparse.ArgumentParser(prog="python -m vllm_power.pattern", description=main.__doc__)
-    parser.add_argument("name", nargs="?", default="power", choices=NAMES)
-    parser.add_argument("--tokens", type=int, default=16_384, help="sequence length (default 16384)")
-    for field in ("block_size", "sink_blocks", "window_blocks", "stride"):
-        parser.add_argument(f"--{field.replace('_', '-')}", type=int, default=None)
-    arguments = vars(parser.parse_args(argv))
-    name, tokens = arguments.pop("name"), arguments.pop("tokens")
-    if tokens < 1:
-        parser.error("--tokens must be at least 1")
-    try:
-        pattern = preset(name, **{field: value for field, value in arguments.items() if value is not None})
-    except ValueError as error:
-        parser.error(str(error))
-    print(draw(pattern, tokens))
-
-
-if __name__ == "__main__":
-    main()

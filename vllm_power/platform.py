@@ -4,7 +4,7 @@ These classes are put in front of the platform class in use (``compat.adopt_plat
 They act only if ``--attention-backend power`` was requested.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from vllm.logger import init_logger
 
@@ -33,6 +33,8 @@ class PowerPlatform:
     """Overrides of vLLM's Platform (vllm/platforms/interface.py) on every device."""
 
     device_type: str
+    # Whether requests may ask for dense rows; None before an engine of ours is configured in this process.
+    offers_dense: ClassVar[bool | None] = None
 
     @classmethod
     def check_and_update_config(cls, vllm_config: "VllmConfig") -> None:
@@ -43,7 +45,15 @@ class PowerPlatform:
             refusals.check_config(vllm_config, on_cpu)
             refusals.check_executor(vllm_config, on_cpu)
             cls._choose_page(vllm_config)
+            PowerPlatform.offers_dense = options.of_config(vllm_config).dense_requests
             _share_metrics()
+
+    @classmethod
+    def validate_request(cls, processed_inputs: Any, params: Any) -> None:
+        """Called for each request in the API process. A refusal is answered with HTTP status 400."""
+        super().validate_request(processed_inputs, params)  # type: ignore[misc]
+        if PowerPlatform.offers_dense is not None:
+            refusals.check_request(params, PowerPlatform.offers_dense)
 
     @classmethod
     def get_attn_backend_cls(

@@ -1,7 +1,8 @@
 """Which rows of a step see everything, from the prompt lengths that vLLM's model runner passes (``compat``).
 
 The runner's field is ``CommonAttentionMetadata.rswa_prefix_lens``, int32 [R] on the host: the prompt length of each
-request. A step without it (a dummy step, or one of a drafter) is treated as if its requests had no prompt.
+request, or ``EVERY_ROW`` if the request asked that all its rows see everything. A step without it (a dummy step, or one
+of a drafter) is treated as if its requests had no prompt.
 """
 
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from vllm_power.pattern import RowRule
+from vllm_power.pattern import EVERY_ROW, RowRule
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class DenseRuns:
 
 
 def of_step(step: CommonAttentionMetadata, rows: slice) -> np.ndarray:
-    """The prompt lengths of some requests of a step, int64 [R]; 0 for requests without this information."""
+    """The prompt lengths, or ``EVERY_ROW``, of some requests of a step, int64 [R]; 0 for requests without them."""
     lengths = np.zeros(rows.stop - rows.start, dtype=np.int64)
     told = step.rswa_prefix_lens
     if told is not None:
@@ -58,7 +59,7 @@ def dense_runs(
     first = end - np.diff(starts)
     prompt = of_step(step, rows)
     run_start = np.maximum(np.maximum(prompt - rule.dense_tail, dense_tokens), first)
-    run_end = end if rule.dense_decode else np.minimum(end, prompt)
+    run_end = end if rule.dense_decode else np.where(prompt == EVERY_ROW, end, np.minimum(end, prompt))
     (found,) = np.nonzero(run_start < run_end)
     if not len(found):
         return None

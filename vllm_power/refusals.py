@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from vllm_power import options
+from vllm_power import dense_requests, options
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -120,6 +120,27 @@ def check_causal(step: Any) -> None:
     """Refuse a step (vLLM's CommonAttentionMetadata) that looks ahead. Raises NotImplementedError."""
     if step.causal is not True:
         raise NotImplementedError("PowerAttention is causal: this batch asks for attention to later tokens")
+
+
+def check_request(params: Any, offers_dense: bool) -> None:
+    """Refuse a request (its vLLM SamplingParams) that asks for what is not served. Raises VLLMValidationError.
+
+    offers_dense: whether requests may ask that all their rows see everything.
+    """
+    asked = dense_requests.asked_of(params)
+    if asked is None:
+        return
+    from vllm.exceptions import VLLMValidationError  # vLLM answers any other with status 500
+
+    if asked != dense_requests.DENSE:
+        raise VLLMValidationError(
+            f'vllm_xargs.{dense_requests.KEY} must be "{dense_requests.DENSE}" or left out, not {asked!r}'
+        )
+    if not offers_dense:
+        raise VLLMValidationError(
+            f'this server does not serve vllm_xargs.{dense_requests.KEY} "{dense_requests.DENSE}": start it with '
+            '--additional-config \'{"power": {"dense_requests": true}}\', or leave it out'
+        )
 
 
 def check_dense_layer(implementation: Any, kv_cache_dtype: str) -> None:

@@ -4,7 +4,8 @@ from dataclasses import replace
 from typing import Any
 
 from vllm_power import options
-from vllm_power.kv_cache import PowerAttentionSpec
+from vllm_power.dense_requests import DENSE, KEY, is_dense
+from vllm_power.kv_cache import PowerAttentionManager, PowerAttentionSpec
 from vllm_power.prefix_hashes import mark_dense_rows
 
 
@@ -21,10 +22,23 @@ class PowerScheduler:
                 group.kv_cache_spec = replace(spec, max_model_len=vllm_config.model_config.max_model_len)
         super().__init__(vllm_config, kv_cache_config, *args, **kwargs)  # type: ignore[call-arg]
         asked = options.of_config(vllm_config)
-        self.power_options = asked if asked.rows.has_dense_rows and not asked.share_dense_rows else None
+        self.power_options = asked if asked.rows.has_dense_rows else None
+        for manager in self.kv_cache_manager.coordinator.single_type_managers:  # type: ignore[attr-defined]
+            if isinstance(manager, PowerAttentionManager):
+                manager.known_requests = self.requests
 
     def add_request(self, request: Any) -> None:
-        if self.power_options is not None and request.request_id not in self.requests:
+        session = self.requests.get(request.request_id)
+        if session is not None:
+            _keep_asking(session, request)
+        elif self.power_options is not None:
             pool = self.kv_cache_manager.block_pool  # type: ignore[attr-defined]
             mark_dense_rows(request, self.power_options, pool.hash_block_size)
         super().add_request(request)  # type: ignore[misc]
+
+
+def _keep_asking(session: Any, part: Any) -> None:
+    """The first part of a streaming input session decides whether all its rows see everything."""
+    if part.sampling_params is not None:
+        others = {key: value for key, value in (part.sampling_params.extra_args or {}).items() if key != KEY}
+        part.sampling_params.extra_args = others | ({KEY: DENSE} if is_dense(session.sampling_params) else {})

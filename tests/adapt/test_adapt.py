@@ -1,10 +1,8 @@
-"""adapt: whole runs, resuming after a kill, adapters, what is written, and what is refused."""
+"""adapt: whole runs, resuming after a kill, adapters, and what is written."""
 
-import gzip
 import json
 import math
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -17,77 +15,19 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from support.english_tokenizer import make_tokenizer
-from support.random_model import make_model
+from support.adapt_run import POWER, TOKENS, rows_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from typer.testing import CliRunner
 
 from vllm_power.hf import segments
 from vllm_power.hf.attention import register, use_power
-from vllm_power.tools.adapt import callbacks, files, report, train
-from vllm_power.tools.adapt.data import Rows, tokenized
+from vllm_power.tools.adapt import callbacks, report, train
+from vllm_power.tools.adapt.data import Rows
 from vllm_power.tools.adapt.engine import Planner
 from vllm_power.tools.adapt.run import run
 from vllm_power.tools.adapt.settings import Settings, Stage, stages_of
-from vllm_power.tools.adapt.train import Stopped
-from vllm_power.tools.cli import app
-from vllm_power.tools.common.tokenizer import tokenizer_of
+from vllm_power.tools.common.command_options import Stopped
 
-POWER = {"block_size": 16, "window_blocks": 2}  # dense up to 64 tokens
 LENGTHS = (64, 128)
-TOKENS = 512  # of a step: 4 rows
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    sizes: dict[str, Any] = {"num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "head_size": 16}
-    folder = tmp_path_factory.mktemp("models") / "llama"
-    return make_model(folder, "llama", **sizes, vocab_size=300, max_positions=256, dtype="float32")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Documents whose second half repeats the first: what comes is found far back."""
-    draw = random.Random(0)
-    path = tmp_path_factory.mktemp("text") / "text.jsonl"
-    with path.open("w") as file:
-        for _ in range(300):
-            half = "".join(draw.choice("abcdefgh") for _ in range(draw.randrange(20, 60)))
-            file.write(json.dumps({"text": half + half}) + "\n")
-    return path
-
-
-@pytest.fixture(scope="module")
-def settings(model: Path, text: Path) -> Callable[..., Settings]:
-    def make(**changed: Any) -> Settings:
-        given: dict[str, Any] = {
-            "model": str(model),
-            "data": (str(text),),
-            "power": POWER,
-            "stages": (Stage(64, 6, in_steps=True), Stage(128, 2048)),
-            "batch_tokens": TOKENS,
-            "learning_rate": 1e-2,
-            "precision": "fp32",
-            "eval_tokens": 1024,
-        }
-        return Settings(**given | changed)
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def trained(settings: Callable[..., Settings], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An unbroken run."""
-    folder = tmp_path_factory.mktemp("trained")
-    run(settings(), folder, save_every=3)
-    return folder
-
-
-def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
-
-
-# --- whole runs -------------------------------------------------------------------------------------------------------
 
 
 def test_a_run(trained: Path, model: Path) -> None:
@@ -179,7 +119,6 @@ KILLED_IN_STEP_5 = """
 import os, signal
 from vllm_power.tools.cli import main
 from vllm_power.tools.adapt.data import Rows
-from vllm_power.tools.adapt.engine import Planner
 
 read = Rows.__getitem__
 Rows.__getitem__ = lambda self, i: read(self, i) if i != 17 else os.kill(os.getpid(), signal.SIGKILL)
@@ -201,7 +140,7 @@ def test_killed_for_real_and_gone_on_by_two_processes(
     two = [str(programs / "torchrun"), "--standalone", "--nproc-per-node", "2", str(programs / "vllm-power")]
     done = subprocess.run([*two, *command], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "going on from out/checkpoints/checkpoint-3" in done.stdout
+    assert "resuming from out/checkpoints/checkpoint-3" in done.stdout
 
     for name, key in ((report.LOSS, "loss"), (report.PERPLEXITY, "power")):
         ours, theirs = ([row[key] for row in rows_of(at, name)] for at in (tmp_path / "out", trained))
@@ -257,139 +196,17 @@ def test_a_loss_that_is_not_a_number_stops_a_run(
     assert not list((tmp_path / "out").glob("checkpoints/checkpoint-*"))
 
 
-# --- settings, and what is refused ------------------------------------------------------------------------------------
-
-
-def test_stages() -> None:
-    assert stages_of("4K:250M, 32K:0.5B") == (Stage(4096, 250_000_000), Stage(32_768, 500_000_000))
-    assert stages_of("4K:200steps,8192:16K") == (Stage(4096, 200, True), Stage(8192, 16_000))
-    assert [stage.steps(1000) for stage in (Stage(4, 1), Stage(4, 2001), Stage(4, 7, True))] == [1, 3, 7]
-
-
-@pytest.mark.parametrize(
-    ("stages", "cause"),
-    [
-        ("4K", "is not LENGTH:TOKENS"),
-        ("4K:1T", "is not LENGTH:TOKENS"),
-        ("4K:0", "trains nothing"),
-        ("3K:1M,8K:1M", "not a multiple of 3,072"),
-    ],
-)
-def test_wrong_stages(stages: str, cause: str) -> None:
-    with pytest.raises(ValueError, match=cause):
-        stages_of(stages)
-
-
-def test_a_name_is_no_pattern(tmp_path: Path) -> None:
-    """`datasets` would read x1.jsonl for x[1].jsonl, without a word."""
-    (tmp_path / "x[1].jsonl").write_text(json.dumps({"text": "this one"}) + "\n")
-    (tmp_path / "x1.jsonl").write_text(json.dumps({"text": "another"}) + "\n")
-    _, rows = files.load(str(tmp_path / "x[1].jsonl"), tmp_path / "cache")
-    assert list(rows["text"]) == ["this one"]
-
-
-def bomb(path: Path) -> None:
-    with gzip.open(path, "wb") as file:
-        file.write(b'{"text": "')
-        for _ in range(100):
-            file.write(b"a" * 1_000_000)
-        file.write(b'"}\n')
-
-
-@pytest.mark.parametrize(
-    ("name", "write", "cause"),
-    [
-        ("a.jsonl", lambda path: path.write_text('{"text": "a"}\n{"text": \n'), "line 2 is no JSON"),
-        ("a.jsonl.gz", lambda path: path.write_bytes(b"no gzip"), "cannot be read: Not a gzipped file"),
-        ("a.jsonl.gz", bomb, "expands to more than 100 times its size"),
-        ("a.jsonl", lambda path: path.write_text('{"text": 5}\n'), "the column 'text' has int64, not text"),
-        ("a.parquet", lambda path: path.write_bytes(b"PAR1"), "cannot be read: "),
-        ("a.txt.xz", lambda path: path.write_bytes(b"no xz"), "cannot be read: "),
-    ],
-    ids=["damaged-line", "no-gzip", "bomb", "numbers", "no-parquet", "no-xz"],
-)
-def test_a_file_that_cannot_be_read_is_told_in_one_line(
-    tmp_path: Path, name: str, write: Callable[[Path], object], cause: str
+@pytest.mark.parametrize("embeddings", [False, True])
+def test_what_is_trained(
+    embeddings: bool, settings: Callable[..., Settings], model: Path, tmp_path: Path
 ) -> None:
-    write(tmp_path / name)
-    with pytest.raises(ValueError, match=cause) as refused:
-        tokenized([str(tmp_path / name)], "text", make_tokenizer(300, 256), tmp_path / "cache")
-    assert name in str(refused.value) and "\n" not in str(refused.value)
-
-
-def test_a_tokenizer_that_cannot_be_loaded_is_told_in_one_line(tmp_path: Path) -> None:
-    """tokenizers raises a plain Exception for a file that it does not know."""
-    (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "Unknown"}}')
-    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
-    with pytest.raises(ValueError, match="no tokenizer that transformers can load") as refused:
-        tokenizer_of(str(tmp_path))
-    assert "\n" not in str(refused.value)
-
-
-@pytest.mark.parametrize(
-    ("change", "cause"),
-    [
-        ({"data": ("nowhere.jsonl",)}, "there is no such file"),
-        ({"data": (__file__,)}, r"text is read from \.txt"),
-        ({"field": "body"}, "no column 'body' but text: name the text's with --field"),
-        ({"eval_tokens": 10**9}, "0 tokens beside the held-out ones"),
-        ({"eval_tokens": 100}, "fewer than a window of 128"),
-        ({"stages": stages_of("512:1steps")}, "rope_parameters"),
-        ({"stages": stages_of("64:1steps")}, "no token would be trained under the pattern"),
-        ({"batch_tokens": 300}, "give --batch-tokens as a multiple of 128"),
-        ({"power": {"windov_blocks": 2}}, "did you mean 'window_blocks'"),
-        ({"power": {"dense_layers": "0-1"}}, "none of the 2 layers would run the pattern"),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-)
-def test_refused(
-    change: dict[str, Any], cause: str, settings: Callable[..., Settings], tmp_path: Path
-) -> None:
-    with pytest.raises(ValueError, match=cause):
-        run(settings(**change), tmp_path / "out")
-    settings().check_folder(tmp_path / "out")  # is not claimed: the corrected command works there
-
-
-@pytest.mark.parametrize(
-    ("file", "change", "cause"),
-    [
-        ("tokenizer.json", None, "has no tokenizer"),
-        ("config.json", '"attention_dropout": 0.1', "attention_dropout 0.1"),
-        ("config.json", '"power_attention": {"window_blocks": 9}', "two different patterns"),
-    ],
-    ids=["tokenizer", "dropout", "another-pattern"],
-)
-def test_models_that_do_not_fit(
-    file: str, change: str | None, cause: str, model: Path, settings: Callable[..., Settings], tmp_path: Path
-) -> None:
-    changed = tmp_path / "model"
-    changed.mkdir()
-    for path in model.iterdir():
-        if change or not path.name.startswith("tokenizer"):
-            (changed / path.name).write_bytes(path.read_bytes())
-    if change:
-        known = json.loads((changed / file).read_text())
-        (changed / file).write_text(json.dumps(known | json.loads(f"{{{change}}}")))
-    with pytest.raises(ValueError, match=cause):
-        run(settings(model=str(changed)), tmp_path / "out")
-
-
-def test_a_folder_of_another_run(trained: Path, model: Path, settings: Callable[..., Settings]) -> None:
-    with pytest.raises(ValueError, match=r"other settings \(seed 0 there, 1 here\)"):
-        run(settings(seed=1), trained)
-    with pytest.raises(ValueError, match="a model that was not made here"):
-        run(settings(), model)
-
-
-def test_the_command(model: Path, text: Path, tmp_path: Path) -> None:
-    words = ["adapt", str(model), "--data", str(text), "--output", str(tmp_path / "out")]
-    for extra, cause in (
-        (["--stages", "4K"], "is not LENGTH:TOKENS"),
-        (["--power", "{"], "--power is not JSON"),
-        ([], "longer than the model's 256 positions"),
-    ):
-        done = CliRunner().invoke(app, [*words, *extra])
-        assert done.exit_code == 1 and done.output.startswith("adapt: ") and cause in done.output
+    """The layers; embeddings and head only if they are asked for: AdamW would move the rows of absent tokens too."""
+    run(settings(embeddings=embeddings, stages=stages_of("128:1steps"), eval_tokens=0), tmp_path)
+    before, after = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (model, tmp_path))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    outside = {"model.embed_tokens.weight", "lm_head.weight"}
+    assert changed - outside == before.keys() - outside
+    assert changed & outside == (outside if embeddings else set())
 
 
 @pytest.mark.slow

@@ -181,17 +181,32 @@ def test_the_loss_without_logits(share: float, monkeypatch: pytest.MonkeyPatch) 
         torch.testing.assert_close(*pair)
 
 
-def logged(sound: callbacks.Sound, *losses: float) -> None:
+def logged(sound: callbacks.Sound, *losses: float) -> list[bool]:
+    """Whether a checkpoint may be saved after each step."""
+    saved = []
     for number, value in enumerate(losses, 1):
         logs = {"loss": value, "grad_norm": 1.0, "learning_rate": 1e-3}
-        sound.on_log(None, SimpleNamespace(global_step=number), None, logs)
+        control = SimpleNamespace(should_save=True)
+        sound.on_log(None, SimpleNamespace(global_step=number), control, logs)
+        saved.append(control.should_save)
+    return saved
 
 
 def test_losses_that_are_not_sound() -> None:
     with pytest.raises(FloatingPointError, match=r"loss nan, gradient norm 1.0 at step 3 \(sequences of 16"):
         logged(callbacks.Sound(small()), 3.0, 3.0, math.nan)
-    with pytest.raises(FloatingPointError, match=r"leapt to 6\.500 at step 25 .*median was 3\.000"):
-        logged(callbacks.Sound(small()), *[3.0] * 24, 6.5)
+    with pytest.raises(
+        FloatingPointError, match=r"loss is 6\.500 at step 29 .*5 steps in a row.*median was 3\.000"
+    ):
+        logged(callbacks.Sound(small()), *[3.0] * 24, *[6.5] * 5)
+    # A leap that the data explain: nothing is saved while it lasts.
+    assert logged(callbacks.Sound(small()), *[3.0] * 24, *[6.5] * 4, 3.0, *[6.5] * 4, 3.0) == [
+        *[True] * 24,
+        *[False] * 4,
+        True,
+        *[False] * 4,
+        True,
+    ]
     logged(
         callbacks.Sound(small()), 3.0, 30.0, *[3.0] * 24, 5.9
     )  # before there is a median, and below twice it

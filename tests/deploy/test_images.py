@@ -218,7 +218,7 @@ def test_build_check_accepts_the_plugin_alone(site):
     site("vllm-power", "9.9", ["other>=0.9"], PLUGIN)
     done = site.run("after")
     assert done.returncode == 0, done.stderr
-    assert "vllm-power 9.9 beside vLLM 0.32.0" in done.stdout
+    assert "vllm-power 9.9 with vLLM 0.32.0" in done.stdout
 
 
 def test_build_check_names_what_changed(site):

@@ -21,7 +21,7 @@ from vllm_power.tools.image.address import base_url
 SERVE = ROOT / "docker" / "serve.py"
 HEALTH = ROOT / "docker" / "health.py"
 BASE = {"PYTHONPATH": str(ROOT), "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_API_KEY": "a"}
-# The module of the standard library in place of the one that was found before it.
+# The module of the standard library instead of the one that was found before it.
 REAL = """
 import importlib.util, os, sys
 spec = importlib.util.spec_from_file_location("subprocess", os.path.dirname(os.__file__) + "/subprocess.py")

@@ -1,7 +1,4 @@
-"""Rows that see everything, in a running engine: held to transformers under an explicit mask of the row rule.
-
-Blocks of 64 tokens, so that the pattern hides something from 384 tokens on.
-"""
+"""Rows that see everything, in a running engine: held to transformers under an explicit mask of the row rule."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,49 +9,19 @@ import torch
 from support import generation, poison
 from support.engine_worker import Worker
 from support.prompts import random_tokens
+from support.row_rules import PATTERN, RULES, check, options
 from support.tolerance import Allowed, rms, truth
 
-from vllm_power.pattern import RowRule, preset
+from vllm_power.pattern import RowRule
 
-PATTERN = preset("power", block_size=64)
 STEPS = 20
 # Prompts of different lengths in one batch: around blocks, pages and the tail, and shorter than the dense tokens.
 LENGTHS = (1100, 1088, 1089, 300, 1)
-RULES = {
-    "training-free": RowRule(128, True),
-    "tail-only": RowRule(100, False),
-    "decode-only": RowRule(0, True),
-    "tail-1": RowRule(1, True),
-    "all": RowRule(8192, True),
-}
-
-
-def options(rule: RowRule, **others: Any) -> dict[str, Any]:
-    decode = "dense" if rule.dense_decode else "pattern"
-    power = {"mode": "trained", "block_size": 64, "dense_tail": rule.dense_tail, "decode": decode}
-    return {"power": {**power, **others}}
 
 
 @pytest.fixture(scope="module")
 def model(small_model: Callable[..., Path]) -> Path:
     return small_model("llama", num_heads=4, num_kv_heads=2, head_size=64)
-
-
-def check(
-    model: Path,
-    results: list[generation.Generated],
-    prompts: list[list[int]],
-    rule: RowRule,
-    dtype: str = "float32",
-) -> None:
-    served = {"rule": rule, "prompt_tokens": len(prompts[0])}
-    allowed = Allowed.by(model, dtype, prompts[0], PATTERN, **served)
-    for prompt, result in zip(prompts, results, strict=True):
-        expected = truth(model, prompt + result.tokens, PATTERN, rule=rule, prompt_tokens=len(prompt))
-        told = result.prompt_logprobs + result.logprobs
-        allowed.check(told, expected.logprobs[-len(told) :])
-        if allowed.exact:
-            assert result.tokens == expected.best[len(prompt) - 1 :].tolist()
 
 
 @pytest.mark.parametrize(

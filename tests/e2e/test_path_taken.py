@@ -50,11 +50,10 @@ def test_dense_attention_reads_them(model: Path, worker: Worker) -> None:
     assert not torch.tensor(poisoned.logprobs).isfinite().any()
 
 
-def test_start_line(model: Path, another_worker: Callable[..., Worker]) -> None:
+def test_start_line(model: Path, worker: Worker) -> None:
     """Said once: pattern, density, executor and how many layers run it."""
-    worker = another_worker()
     worker.start(model, additional_config={"power": {"block_size": 128}})
-    lines = [line for line in worker.log.read_text().splitlines() if "PowerAttention:" in line]
+    lines = worker.start_lines()
     assert len(lines) == 1
     assert "power (block 128, sink 1, window 5)" in lines[0]
     assert re.search(r"executor cpu\b", lines[0])

@@ -206,7 +206,7 @@ def test_the_page_needs_no_other_host_and_escapes_what_it_shows(figures):
 
 def test_the_page_has_every_figure(figures):
     html = page(figures)
-    for words in ("66.7 %", "RULER, mean", "12.500", "90.0 %", "0.0300", "needle", "Some wrong answers"):
+    for words in ("66.7%", "RULER, mean", "12.500", "90.0%", "0.0300", "needle", "Some wrong answers"):
         assert words in html
     assert html.count("<svg") == 7
     nothing = Figures([], [], [], [], [])

@@ -4,7 +4,7 @@ import pytest
 
 from vllm_power.tools.common.passkey_data import ANSWER
 from vllm_power.tools.evals import token_passkey
-from vllm_power.tools.passkey.export import make_tokenizer
+from vllm_power.tools.passkey.model import make_tokenizer
 
 
 def test_only_the_documents_own_tokenizer_speaks_them(tokenizer):

@@ -10,7 +10,7 @@ from support.paged import Request, Step, make_step
 
 from vllm_power.kernels.plan import Plan, VisibleBlocks, build_plan
 from vllm_power.kernels.reference import attention
-from vllm_power.pattern import NAMES, POWER, Pattern, RowRule, preset
+from vllm_power.pattern import EVERY_ROW, NAMES, POWER, Pattern, RowRule, preset
 
 
 def dense_over_plan(step: Step, plan: Plan, scale: float) -> torch.Tensor:
@@ -64,8 +64,13 @@ def steps(draw) -> tuple[Step, Pattern]:
     new = st.one_of(
         st.just(1), st.integers(1, 8), near.map(lambda n: n % (4 * block)), st.integers(0, 3 * block)
     )
-    rule = RowRule(draw(st.sampled_from([0, 0, 1, block - 1, block, 3 * block])), draw(st.booleans()))
-    requests = draw(st.lists(st.builds(Request, lengths, new, lengths), min_size=1, max_size=4))
+    rule = RowRule(
+        draw(st.sampled_from([0, 0, 1, block - 1, block, 3 * block])),
+        draw(st.booleans()),
+        draw(st.booleans()),
+    )
+    prompts = st.one_of(lengths, st.just(EVERY_ROW)) if rule.on_request else lengths
+    requests = draw(st.lists(st.builds(Request, lengths, new, prompts), min_size=1, max_size=4))
     requests = [request if request.new else Request(0, 0) for request in requests]
     if not any(request.new for request in requests):
         requests.append(Request(0, 1))

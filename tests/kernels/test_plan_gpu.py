@@ -1,12 +1,14 @@
 """The Triton plan is the torch plan, padded."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from support.paged import Request, make_step
 
 from vllm_power.kernels.plan import VisibleBlocks, build_plan
 from vllm_power.kernels.plan_gpu import PlanBuilder
-from vllm_power.pattern import PATTERN_ROWS, Pattern, RowRule, preset
+from vllm_power.pattern import EVERY_ROW, PATTERN_ROWS, Pattern, RowRule, preset
 
 BATCHES = {
     "one-token": [Request(0, 1)],
@@ -79,6 +81,14 @@ WITH_PROMPTS = [
 @pytest.mark.parametrize("tail", [0, 1, 40, 64, 200, 2000], ids="tail-{}".format)
 def test_dense_rows(tail: int, decode: bool, device: torch.device) -> None:
     check(Pattern(block_size=64), WITH_PROMPTS, 32, device, RowRule(tail, decode))
+
+
+@pytest.mark.parametrize("decode", [False, True], ids=["decode-pattern", "decode-dense"])
+@pytest.mark.parametrize("tail", [0, 40], ids="tail-{}".format)
+def test_requests_all_of_whose_rows_see_everything(tail: int, decode: bool, device: torch.device) -> None:
+    asking = [replace(request, prompt=EVERY_ROW) for request in WITH_PROMPTS[1::2]]
+    batch = [request for pair in zip(WITH_PROMPTS[::2], asking, strict=True) for request in pair]
+    check(Pattern(block_size=64), batch, 32, device, RowRule(tail, decode, True))
 
 
 @pytest.mark.parametrize("name", ["sliding_window", "stride_slash", "dilated", "longnet", "full"])

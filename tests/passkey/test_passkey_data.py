@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vllm_power.tools.common import passkey_data as data
-from vllm_power.tools.passkey.export import make_tokenizer
+from vllm_power.tools.passkey.model import make_tokenizer
 
 SENTENCE = re.compile(r"The (\w+) is (\w+)\.")
 QUESTION = " What is the passkey? The passkey is "

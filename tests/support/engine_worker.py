@@ -39,6 +39,7 @@ class Worker:
         self._process.start()
         theirs.close()
         self._running: tuple[Any, ...] | None = None
+        self._began = 0  # bytes of the log before the running engine's
 
     def start(self, model: Path, **settings: Any) -> "Worker":
         """Have an engine with exactly these settings (over ``SETTINGS``), the running one where it has them.
@@ -50,6 +51,7 @@ class Worker:
         wanted = (str(model), SETTINGS | settings | {"additional_config": given})
         if wanted != self._running:
             self._running = None
+            self._began = self.log.stat().st_size if self.log.exists() else 0
             self._ask("start", wanted)
             self._running = wanted
         return self
@@ -79,6 +81,11 @@ class Worker:
             raise RuntimeError(f"in the engine's process:\n{failure}\nIts log ends:\n{self.tail()}")
         return answer
 
+    def start_lines(self) -> list[str]:
+        """The backend's own lines in the running engine's part of the log."""
+        text = self.log.read_bytes()[self._began :].decode(errors="replace")
+        return [line for line in text.splitlines() if "PowerAttention:" in line]
+
     def tail(self) -> str:
         return self.log.read_text(errors="replace")[-3000:]
 
@@ -100,8 +107,9 @@ def _serve(pipe: Connection, log: str, environment: dict[str, str]) -> None:
         try:
             if kind == "start":
                 _end(engine)
-                from vllm import LLM
+                from vllm import LLM, logger
 
+                logger._print_info_once.cache_clear()  # each engine says what it runs, as in a process of its own
                 model, settings = request
                 try:
                     engine.append(LLM(model, **settings))

@@ -17,9 +17,16 @@ class Generated:
 
 
 def greedy(
-    llm: Any, prompts: Sequence[list[int]], max_tokens: int | Sequence[int] = 1, prompt_logprobs: bool = True
+    llm: Any,
+    prompts: Sequence[list[int]],
+    max_tokens: int | Sequence[int] = 1,
+    prompt_logprobs: bool = True,
+    dense: Sequence[int] = (),
 ) -> list[Generated]:
-    """Greedy continuations of ``prompts``, all handed over at once. vLLM skips its prefix cache for prompt logprobs."""
+    """Greedy continuations of ``prompts``, all handed over at once. vLLM skips its prefix cache for prompt logprobs.
+
+    dense: the numbers of the prompts whose requests ask that all their rows see everything.
+    """
     from vllm import SamplingParams
 
     counts = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens
@@ -31,8 +38,9 @@ def greedy(
             logprobs=0,
             prompt_logprobs=0 if prompt_logprobs else None,
             detokenize=False,
+            extra_args={"power": "dense"} if number in dense else None,
         )
-        for count in counts
+        for number, count in enumerate(counts)
     ]
     outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
     return [generated(output) for output in outputs]

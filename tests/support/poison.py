@@ -14,8 +14,8 @@ def greedy_over_poison(
     """The answer to ``prompt``, and how many times a page was poisoned.
 
     Before each step, the pages of all earlier blocks that none of the step's query blocks sees are filled with NaN,
-    and so is vLLM's null page 0. Afterwards a page is restored only if ``next_reader`` says that a later query reads
-    it. A page's layout depends on the machine's kernel, hence whole pages.
+    and so is vLLM's null page 0. Afterwards a page is restored only if a later query reads it. A page's
+    layout depends on the machine's kernel, hence whole pages.
     """
     from vllm import SamplingParams
 
@@ -56,8 +56,8 @@ def greedy_over_poison(
         (output,) = engine.step() or (output,)
 
         for page, (block, contents) in saved.items():
-            reader = pattern.next_reader(block, queries[-1])
-            if rule.has_dense_rows or (reader is not None and reader <= last_block):
+            later = range(max(block, queries[-1]), last_block + 1)
+            if rule.has_dense_rows or any(pattern.sees(query, block) for query in later):
                 for cache, content in zip(caches, contents, strict=True):
                     cache[page] = content
     assert output is not None

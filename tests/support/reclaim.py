@@ -64,9 +64,11 @@ def serve(
     n: int | Sequence[int] = 1,
     abort_after: dict[int, int] | None = None,
     preempt_at: Sequence[int] = (),
+    dense: Sequence[int] = (),
 ) -> Served:
     """Serve ``prompts`` together, with ``n`` samples of each; request i is aborted after ``abort_after[i]`` steps, if
-    it is named there, and all running requests are preempted before the steps ``preempt_at``.
+    it is named there, and all running requests are preempted before the steps ``preempt_at``. Those of ``dense`` ask
+    that all their rows see everything.
 
     All pages that nobody holds are NaN in every step.
     """
@@ -100,6 +102,7 @@ def serve(
                 logprobs=0,
                 detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,
+                extra_args={"power": "dense"} if index in dense else None,
             )
             engine.add_request(str(index), {"prompt_token_ids": prompt}, sampling)
         step = 0

@@ -81,7 +81,9 @@ def test_the_largest_drawings_cost_little(client, name, size):
     tokens = 1 << 24
     while True:
         start = time.process_time()
-        answer = client.get("/v1/power/pattern", params={"name": name, "block_size": size, "tokens": tokens})
+        answer = client.get(
+            "/v1/power/pattern", params={"pattern": name, "block_size": size, "tokens": tokens}
+        )
         seconds = time.process_time() - start
         assert seconds < 0.5
         if answer.status_code == 200:

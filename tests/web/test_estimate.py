@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_power.lifetimes import lifetimes
-from vllm_power.pattern import NAMES, POWER, Pattern, preset
+from vllm_power.pattern import NAMES, POWER, Pattern, RowRule, preset
 from vllm_power.tools.bench.report import timed
 from vllm_power.tools.common.results import last_run
 from vllm_power.tools.web import estimate as estimates
 from vllm_power.tools.web import gpus, shapes
-from vllm_power.tools.web.counts import held, token_pairs, tokens_read
+from vllm_power.tools.web.counts import held, prompt_pairs, token_pairs, tokens_read
 from vllm_power.tools.web.estimate import FULL, estimate
 from vllm_power.tools.web.question import Question
 
@@ -43,6 +43,17 @@ def test_pairs_of_a_prompt_are_those_of_its_tokens(name, tokens):
     pattern = preset(name, block_size=16)
     seen = [tokens_read(pattern, position) for position in range(tokens)]
     assert token_pairs(pattern, tokens) == sum(seen)
+
+
+@given(st.sampled_from(NAMES), st.integers(1, 700), st.integers(0, 800), st.booleans())
+@settings(deadline=None, max_examples=40)
+def test_pairs_of_a_prompt_with_dense_rows(name, tokens, tail, decode):
+    pattern, rule = preset(name, block_size=16), RowRule(tail, decode)
+    seen = [
+        position + 1 if rule.sees_everything(position, tokens) else tokens_read(pattern, position)
+        for position in range(tokens)
+    ]
+    assert prompt_pairs(pattern, tokens, rule) == sum(seen)
 
 
 @given(st.sampled_from(NAMES), st.integers(0, 700))
@@ -96,6 +107,43 @@ def test_dense_layers_cost_what_they_cost():
     ]
     assert of_layers[1]["power"] == (of_layers[0]["power"] + of_layers[2]["power"]) / 2
     assert of_layers[2]["power"] == of_layers[2]["dense"] == of_layers[0]["dense"]
+
+
+def test_a_mode_sets_what_is_left_out():
+    free = Question(model="Qwen2-7B", mode="training_free")
+    assert (free.dense_tail, free.decode, free.dense_layers) == (128, "dense", 8)
+    some = Question(model="Qwen2-7B", mode="training_free", dense_layers=3, decode="pattern")
+    assert (some.dense_tail, some.decode, some.dense_layers) == (128, "pattern", 3)
+    trained = Question(model="Qwen2-7B", mode="trained")
+    assert trained == Question(model="Qwen2-7B")
+    assert (trained.dense_tail, trained.decode, trained.dense_layers) == (0, "pattern", 0)
+    assert Question(model="Qwen2-7B", mode="training_free", layers=2).dense_layers == 0
+
+
+def test_dense_rows_cost_what_they_cost():
+    plain, tail, decode = (
+        estimate(Question(model="Qwen2-7B", **rows))
+        for rows in ({}, {"dense_tail": 128}, {"dense_tail": 128, "decode": "dense"})
+    )
+    assert plain["prefill"]["seconds"]["power"] < tail["prefill"]["seconds"]["power"]
+    assert tail["prefill"] == decode["prefill"]
+    assert tail["decode"] == plain["decode"]
+    assert decode["decode"]["ratio"] == 1
+    request = tail["memory"]["request_bytes"]
+    assert request["decode"] == plain["memory"]["request_bytes"]["decode"]
+    assert plain["memory"]["request_bytes"]["peak"] < request["peak"] < request["dense"]
+    assert len(set(decode["memory"]["request_bytes"].values())) == 1
+
+
+def test_each_mode_is_told():
+    for mode in ("trained", "training_free"):
+        answer = estimate(Question(model="Qwen2-7B", mode=mode))
+        told = answer["modes"][mode]
+        assert told["first_token"] == answer["prefill"]["ratio"]
+        assert told["decode_step"] == answer["decode"]["ratio"]
+        assert told["workload"] == answer["workload"]["ratio"]
+        assert answer["served"]["mode"] == mode
+    assert answer["modes"] == estimate(Question(model="Qwen2-7B", dense_layers=9))["modes"]
 
 
 def test_layers_with_a_window_cost_the_same_either_way():
@@ -183,6 +231,27 @@ def test_times_of_the_whole_engine(what, batch, context):
     for name in ("dense", "power"):
         assert model[name] == pytest.approx(times[name], rel=TOLERANCE), name
     assert model["dense"] / model["power"] == pytest.approx(times["dense"] / times["power"], rel=TOLERANCE)
+
+
+ROWS = {"training_free": {}, "training_free_all_sparse": {"dense_layers": 0}}
+
+
+@pytest.mark.parametrize("bench, section", [("ttft", "prefill"), ("decode_step", "decode")])
+@pytest.mark.parametrize("impl", ROWS)
+def test_times_with_dense_rows(impl, bench, section):
+    """Each engine in turns with vLLM's FlashAttention (docs/results/turns.jsonl), from 2,048 tokens on."""
+    found = [row for row in rows("turns") if row["bench"] == bench and row["against"] == impl]
+    contexts = {row["context"] for row in found if row["impl"] == impl and row["context"] not in HOST_BOUND}
+    assert contexts
+    for context in sorted(contexts - {512}):
+        ask = Question(
+            model="Qwen2-7B", mode="training_free", context=context, output=48, concurrency=1, **ROWS[impl]
+        )
+        model = estimate(ask)[section]["seconds"]
+        for row in found:
+            if row["context"] == context:
+                name = "power" if row["impl"] == impl else "dense"
+                assert 1e3 * model[name] == pytest.approx(row["median_ms"], rel=TOLERANCE), (context, name)
 
 
 def kernel_rows(bench: str) -> list[Any]:
@@ -383,7 +452,9 @@ def test_the_engines_model_comes_first():
     config = SimpleNamespace(to_dict=lambda: CONFIG)
     model = SimpleNamespace(hf_config=config, hf_text_config=config, served_model_name="mine")
     engine = SimpleNamespace(model_config=model, additional_config={"power": {"dense_layers": [0]}})
-    name, shape = planner.served(engine)
-    assert (name, shape.layers, shape.dense_layers) == ("mine", 4, 1)
+    name, fields = planner.served(engine)
+    assert (name, fields["layers"], fields["dense_layers"]) == ("mine", 4, 1)
+    assert (fields["mode"], fields["dense_tail"], fields["decode"]) == ("training_free", 128, "dense")
+    assert Question(**fields).rows == RowRule(128, True)
     config.to_dict = lambda: {"kv_lora_rank": 1}
     assert planner.served(engine) is None

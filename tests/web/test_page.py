@@ -55,7 +55,8 @@ def test_the_numbers_are_the_patterns(explore: Page, tokens: int) -> None:
     rows = explore.browser.find_elements(By.CSS_SELECTOR, "#fields li")
     assert len(rows) == layers
     for number, row in enumerate(rows, 1):
-        assert f"{len(POWER.receptive_field(last, number)):,} block" in row.text
+        reached = sum(hop is not None and hop <= number for hop in POWER.hops(last))
+        assert f"{reached:,} block" in row.text
     assert rows[-1].text.endswith("all")
 
 
@@ -93,6 +94,25 @@ def test_every_block_has_the_colour_of_what_the_pattern_says(explore: Page, quer
             colours["skipped" if hop is None or hop > layers else "far" if hop == layers else "near"]
             for hop in hops
         ]
+
+
+def test_the_rows_of_a_dense_tail_are_drawn(explore: Page) -> None:
+    assert not explore.at("dense-row").is_displayed()
+    explore.type("tail", "600")
+    explore.shows("sees-text", "Those among the last 600 of the text see all of them.")
+    assert explore.at("dense-row").is_displayed()
+    assert "64 of 64" in explore.text("savings")
+    names = "start", "near", "far", "skipped", "dense-row"
+    colours = explore.run(CHECKS + "return colours(...arguments)", *names)
+    at = CHECKS + "return coloursAt(...arguments)"
+    cell = explore.at("triangle").size["height"] / 64
+    pairs = [(q, k) for q in range(62) for k in range(q + 1)]
+    drawn = explore.run(at, explore.at("triangle"), [((k + 0.4) * cell, (q + 0.4) * cell) for q, k in pairs])
+    dense = {"skipped": "dense-row"}
+    assert drawn == [colours[dense.get(kind(q, k), kind(q, k)) if q >= 61 else kind(q, k)] for q, k in pairs]
+    explore.type("query", "60")
+    explore.shows("sees-text", "tokens of block 60 ")
+    assert "Those among" not in explore.text("sees-text")
 
 
 def test_the_keyboard_moves_the_block(explore: Page) -> None:
@@ -144,12 +164,32 @@ def test_a_length_that_is_too_long_says_so_and_the_page_goes_on(explore: Page) -
 
 
 def test_the_estimate_is_the_servers(explore: Page) -> None:
-    answer = estimate(Question(model="Qwen2-7B"))
+    answer = estimate(Question(model="Qwen2-7B", mode="training_free"))
     table = explore.text("plan-rows")
     assert f"{answer['prefill']['ratio']:.2f}\N{MULTIPLICATION SIGN}" in table
     assert f"{answer['prefill']['seconds']['power']:.3g} s" in table
     assert f"{answer['memory']['fits']['dense']} {answer['memory']['fits']['power']}" in table
     assert f"{answer['workload']['ratio']:.2f}\N{MULTIPLICATION SIGN} as fast" in explore.text("plan-text")
+
+
+def test_each_mode_is_shown_and_sets_its_fields(explore: Page) -> None:
+    modes = estimate(Question(model="Qwen2-7B"))["modes"]
+    shown = explore.text("mode-rows")
+    for told in modes.values():
+        assert f"{told['first_token']:.2f}\N{MULTIPLICATION SIGN}" in shown
+    fields = "dense_tail", "decode", "dense_layers"
+    assert [explore.at(name).get_attribute("value") for name in fields] == ["128", "dense", "8"]
+    assert "the last 128 tokens of the prompt and generated tokens see" in explore.text("plan-served")
+    choose = "arguments[0].value = arguments[1]; "
+    choose += "arguments[0].dispatchEvent(new Event('change', {bubbles: true}))"
+    explore.run(choose, explore.at("mode"), "trained")
+    explore.shows("plan-served", "every token sees the pattern; 0 layers stay dense")
+    assert [explore.at(name).get_attribute("value") for name in fields] == ["0", "pattern", "0"]
+    assert f"{modes['trained']['decode_step']:.2f}\N{MULTIPLICATION SIGN}" in explore.text("plan-rows")
+    explore.type("dense_tail", f"300{Keys.TAB}")
+    explore.shows("plan-served", "the last 300 tokens of the prompt see every earlier token; 0 layers")
+    explore.run(choose, explore.at("mode"), "training_free")
+    explore.shows("plan-served", "8 layers stay dense")
 
 
 def test_a_change_is_estimated_anew(explore: Page) -> None:

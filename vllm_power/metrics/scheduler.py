@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 from vllm.logger import init_logger
 
 from vllm_power import options, refusals
+from vllm_power.dense_requests import is_dense
 from vllm_power.layers import SPARSE
 from vllm_power.metrics import definitions, shared_dir, stages, writer
 from vllm_power.metrics.definitions import Metric
+from vllm_power.pattern import EVERY_ROW
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -104,14 +106,19 @@ class StepCounter:
         self.counting.set(1)
 
     def prompts(self, step: "SchedulerOutput") -> dict[str, int]:
-        """The prompt length of each request in a step, read before the scheduler drops the requests that end with it.
+        """The prompt length, or ``EVERY_ROW``, of each request in a step.
 
-        Empty if no row sees everything, because the lengths do not matter then.
+        It is read before the scheduler drops the requests that end with the step. Empty if no row sees everything,
+        because the lengths do not matter then.
         """
         if not self.rule.has_dense_rows:
             return {}
         known = self.scheduler.requests
-        return {name: known[name].num_prompt_tokens for name in step.num_scheduled_tokens if name in known}
+        return {
+            name: EVERY_ROW if is_dense(known[name].sampling_params) else known[name].num_prompt_tokens
+            for name in step.num_scheduled_tokens
+            if name in known
+        }
 
     def count(self, step: "SchedulerOutput", prompts: dict[str, int]) -> None:
         """Count a step that has run. Raises nothing: after an error, serving continues and the metric COUNTING is 0."""

@@ -4,6 +4,9 @@ The options of each command are in its tool's ``command.py``, and this file regi
 dependencies when it runs, so that `--help` is fast.
 """
 
+import signal
+import sys
+
 import typer
 
 from vllm_power.tools.adapt.command import adapt_command
@@ -36,6 +39,8 @@ app.command("version")(version_command)
 
 def main() -> None:
     """Run the command line."""
+    # Unwinds the stack, so that the servers and engines of a command stop with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     app()
 
 

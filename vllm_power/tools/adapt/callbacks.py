@@ -1,9 +1,10 @@
-"""What happens beside the steps: a progress bar, a stop on signals, an error where the loss is no longer sound."""
+"""What happens between steps: a progress bar, a stop on signals, an error if the loss is no longer sound."""
 
 import math
 import signal
 import time
 from collections import deque
+from collections.abc import Callable
 from itertools import pairwise
 from statistics import median
 from typing import Any
@@ -17,18 +18,20 @@ from transformers import TrainerCallback
 from vllm_power.tools.adapt.settings import Settings
 
 REMEMBERED = 20  # steps whose median loss is what a spike is measured against
+LASTING = 5  # steps in a row: what lasts less comes from the data, and leaves the weights as they were
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Sound(TrainerCallback):
-    """Raises FloatingPointError where a loss is not a number or far above those before it.
+    """Raises FloatingPointError if a loss is not a number, or stays far above those before it.
 
-    That is before a checkpoint of the step could be written.
+    That is before a checkpoint of the step could be written. While it is above, no checkpoint is written either.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.before: deque[float] = deque(maxlen=REMEMBERED)
+        self.above = 0  # steps in a row
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **named: Any) -> None:
         self.before.extend(entry["loss"] for entry in state.log_history[-REMEMBERED:] if "loss" in entry)
@@ -40,17 +43,22 @@ class Sound(TrainerCallback):
         step, length = state.global_step, self.settings.length_at(state.global_step - 1)
         where = f"at step {step} (sequences of {length:,} tokens, learning rate {logs.get('learning_rate', 0):.2g})"
         remedy = (
-            "Train anew, to another --output, with a lower --learning-rate, a longer --warmup or other data."
+            "Train again, to another --output, with a lower --learning-rate, a longer --warmup or other data."
         )
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise FloatingPointError(f"loss {loss}, gradient norm {norm} {where}. {remedy}")
         usual = median(self.before) if len(self.before) == REMEMBERED else math.inf
-        if loss > self.settings.spike * usual:
+        if loss <= self.settings.spike * usual:
+            self.above = 0
+            self.before.append(loss)
+            return
+        self.above += 1
+        control.should_save = False
+        if self.above == LASTING:
             raise FloatingPointError(
-                f"the loss leapt to {loss:.3f} {where}; of the {REMEMBERED} steps before the median was {usual:.3f}. "
-                f"{remedy} If it may leap, raise --spike."
+                f"the loss is {loss:.3f} {where}, far above for {LASTING} steps in a row; of {REMEMBERED} steps before "
+                f"the median was {usual:.3f}. {remedy} If it may rise, raise --spike."
             )
-        self.before.append(loss)
 
 
 class Stop(TrainerCallback):
@@ -68,7 +76,7 @@ class Stop(TrainerCallback):
         self._handlers = {number: signal.signal(number, self._note) for number in SIGNALS}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **named: Any) -> None:
-        if self._any_asked(args.device) and state.global_step < state.max_steps:
+        if self._any_asked(args.device):
             self.stopped = control.should_save = control.should_training_stop = True
 
     def restore(self) -> None:
@@ -87,15 +95,26 @@ class Stop(TrainerCallback):
 
 
 class Bar(TrainerCallback):
-    """A progress bar in a terminal; elsewhere a line for each twentieth of the steps."""
+    """A progress bar in a terminal, and elsewhere about twenty lines.
 
-    def __init__(self, settings: Settings, console: Console) -> None:
-        self.settings = settings
+    steps, batch_tokens: of the training. describe: what is shown of a step, given its number and what was logged.
+    """
+
+    def __init__(
+        self,
+        steps: int,
+        batch_tokens: int,
+        describe: Callable[[int, dict[str, Any]], str],
+        console: Console,
+    ) -> None:
+        self.steps, self.batch_tokens = steps, batch_tokens
+        self.describe = describe
         columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
         self.console = console
         self.progress = Progress(*columns, console=console, disable=not console.is_terminal)
-        self.task = self.progress.add_task("starting", total=settings.steps)
-        self.ended: list[float] = []  # when each step was logged
+        self.task = self.progress.add_task("starting", total=steps)
+        self.logged: list[tuple[int, float]] = []  # steps, and when they were logged
+        self.shown = 0  # twentieths
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **named: Any) -> None:
         self.progress.update(self.task, completed=state.global_step)
@@ -105,14 +124,16 @@ class Bar(TrainerCallback):
         if not logs or "loss" not in logs:
             return
         step = state.global_step
-        self.ended.append(time.monotonic())
-        told = f"sequences of {self.settings.length_at(step - 1):,}, loss {float(logs['loss']):.3f}"
-        self.progress.update(self.task, completed=step, description=told)
-        if not self.console.is_terminal and step % max(1, self.settings.steps // 20) == 0:
-            self.console.print(f"step {step} of {self.settings.steps}, {told}", highlight=False)
+        self.logged.append((step, time.monotonic()))
+        text = self.describe(step, logs)
+        self.progress.update(self.task, completed=step, description=text)
+        if not self.console.is_terminal and (twentieth := 20 * step // self.steps) > self.shown:
+            self.shown = twentieth
+            self.console.print(f"step {step} of {self.steps}, {text}", highlight=False, soft_wrap=True)
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Of all processes together, in the median step but for the first, which compiles; None for fewer steps."""
-        times = [after - before for before, after in pairwise(self.ended)]
-        return self.settings.batch_tokens / median(times) if times else None
+        """The median of all processes together, without the first step, which compiles. None before two logs."""
+        pairs = pairwise(self.logged)
+        times = [(after - before) / (step - last) for (last, before), (step, after) in pairs]
+        return self.batch_tokens / median(times) if times else None

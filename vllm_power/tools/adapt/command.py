@@ -13,7 +13,7 @@ def adapt_command(
     data: Annotated[
         list[Path], typer.Option(help="Text: .txt, .jsonl or .parquet; may be given several times.")
     ],
-    output: Annotated[Path, typer.Option(help="Where the model goes; the same command goes on there.")],
+    output: Annotated[Path, typer.Option(help="The model's folder; the same command resumes there.")],
     power: PatternJson = None,
     stages: Annotated[
         str, typer.Option(help="LENGTH:TOKENS or LENGTH:STEPS of each stage, with commas.")
@@ -24,7 +24,13 @@ def adapt_command(
     ] = None,
     warmup: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the steps.")] = 0.03,
     weight_decay: Annotated[float, typer.Option(min=0.0)] = 0.1,
-    lora: Annotated[int, typer.Option(min=0, help="Train adapters of this rank; 0: all weights.")] = 0,
+    lora: Annotated[int, typer.Option(min=0, help="Train adapters of this rank; 0: the layers.")] = 0,
+    embeddings: Annotated[
+        bool,
+        typer.Option(
+            help="Without --lora: also train the embeddings and the head. Tokens that --data lacks are then forgotten."
+        ),
+    ] = False,
     precision: Annotated[
         Literal["bf16", "fp32"], typer.Option(help="What is computed in; learnt weights are float32.")
     ] = "bf16",
@@ -40,7 +46,8 @@ def adapt_command(
         int, typer.Option(min=0, help="Held-out tokens for each length; 0: no evaluation.")
     ] = 262_144,
     spike: Annotated[
-        float, typer.Option(min=1.0, help="Stop where the loss is this many times the latest steps' median.")
+        float,
+        typer.Option(min=1.0, help="Stop if the loss stays above this many times the latest steps' median."),
     ] = 2.0,
     distill: Annotated[
         float,
@@ -71,6 +78,7 @@ def adapt_command(
             warmup=warmup,
             weight_decay=weight_decay,
             lora=lora,
+            embeddings=embeddings,
             precision=precision,
             eval_tokens=eval_tokens,
             spike=spike,

@@ -136,7 +136,7 @@ class Rows(Dataset[dict[str, torch.Tensor]]):
     """The rows of all steps, in order: a step takes ``settings.rows_in_step`` of them.
 
     Each is as long as the longest stage's sequences and holds several shorter ones in the stages before, told apart by
-    positions that begin at 0. So every step has the same shape, memory and tokens, and going on is a matter of
+    positions that begin at 0. So every step has the same shape, memory and tokens, and resuming is a matter of
     counting. Where the data end they begin again in another order.
     """
 
@@ -156,8 +156,8 @@ class Rows(Dataset[dict[str, torch.Tensor]]):
         self.rows_in_pass = line.tokens // settings.row
         if not self.rows_in_pass:
             raise ValueError(
-                f"the training data have {line.tokens:,} tokens beside the held-out ones, fewer than one sequence of "
-                f"{settings.row:,}: give more data, a smaller --eval-tokens, or shorter --stages"
+                f"the training data have {line.tokens:,} tokens apart from the held-out ones, fewer than one sequence "
+                f"of {settings.row:,}: give more data, a smaller --eval-tokens, or shorter --stages"
             )
         self._in_pass = lru_cache(maxsize=1)(lambda number: line.shuffled(settings.seed + 1 + number))
 

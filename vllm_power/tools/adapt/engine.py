@@ -129,8 +129,7 @@ def speed_up(
     teacher: what gives the hidden states and the head's weight of the model whose predictions are learnt, from the same
     arguments; ``share`` as in ``linear_loss``.
     """
-    mark_dense(model, options.dense_layer_indices(model.config.get_text_config().num_hidden_layers))
-    model.get_input_embeddings().register_forward_hook(lambda module, given, output: output.to(dtype))
+    prepare(model, options, dtype)
     forward = model.forward
 
     @functools.wraps(forward)
@@ -145,6 +144,12 @@ def speed_up(
         return CausalLMOutputWithPast(loss=loss / ((labels[:, 1:] >= 0).sum() if count is None else count))
 
     model.forward = without_logits
+
+
+def prepare(model: Any, options: PatternOptions, dtype: torch.dtype) -> None:
+    """Let ``model`` take a Plan, and compute in ``dtype`` whatever the weights' dtype is; in place."""
+    mark_dense(model, options.dense_layer_indices(model.config.get_text_config().num_hidden_layers))
+    model.get_input_embeddings().register_forward_hook(lambda module, given, output: output.to(dtype))
 
 
 def hidden_states(model: Any, power_plan: Plan | None = None, **named: Any) -> torch.Tensor:

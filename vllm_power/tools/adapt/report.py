@@ -15,7 +15,7 @@ PERPLEXITY = "perplexity"
 
 
 def write(rows: list[Row], folder: Path, name: str) -> Path:
-    """One JSON object a line in ``folder``/``name``.jsonl, in place of what was there."""
+    """Write one JSON object per line to ``folder``/``name``.jsonl, which is replaced."""
     path = folder / f"{name}.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -46,7 +46,7 @@ def plot_loss(rows: list[Row], folder: Path) -> Path:
         axes.plot(
             [row["tokens"] / 1e6 for row in part], [row["loss"] for row in part], label=f"{length:,} tokens"
         )
-    axes.set(xlabel="million tokens trained", ylabel="loss, nats a token")
+    axes.set(xlabel="million tokens trained", ylabel="loss, nats per token")
     axes.grid(alpha=0.3)
     axes.legend()
     return save(figure, folder / f"{LOSS}.svg")

@@ -23,7 +23,7 @@ from vllm_power.tools.common.tokenizer import tokenizer_of
 
 
 def run(settings: Settings, output: Path, save_every: int = 100) -> None:
-    """Leave a model in ``output``; goes on where a run of the same settings was cut off.
+    """Leave a model in ``output``; resumes if a run of the same settings was cut off.
 
     Raises ValueError for what does not fit together, FloatingPointError where the loss is not sound, Stopped.
     """
@@ -89,7 +89,7 @@ def run(settings: Settings, output: Path, save_every: int = 100) -> None:
 
 
 def check_model(settings: Settings, config: Any, options: PatternOptions) -> None:
-    """Raises ValueError where the model can not be trained so, before anything is read or computed."""
+    """Raises ValueError if the model cannot be trained like this, before anything is read or computed."""
     use_power(AutoConfig.from_pretrained(settings.model), options)
     text = config.get_text_config()
     longest, known = settings.row, getattr(text, "max_position_embeddings", None)

@@ -1,4 +1,4 @@
-"""What decides the outcome of a run: kept beside it, so that only the same run goes on from its checkpoints."""
+"""What determines the outcome of a run. It is stored with the run, so that only the same run uses its checkpoints."""
 
 import json
 import re
@@ -71,6 +71,7 @@ class Settings:
     warmup: float = 0.03
     weight_decay: float = 0.1
     lora: int = 0
+    embeddings: bool = False
     precision: str = "bf16"
     eval_tokens: int = 262_144
     spike: float = 2.0
@@ -92,7 +93,7 @@ class Settings:
 
     @property
     def rows_in_step(self) -> int:
-        """Rows of a step, all processes together. Raises ValueError where they are not whole."""
+        """Rows of a step, all processes together. Raises ValueError if they are not whole."""
         if self.batch_tokens < 1 or self.batch_tokens % self.row:
             raise ValueError(
                 f"a step of {self.batch_tokens:,} tokens is not a whole number of sequences of {self.row:,} tokens: "
@@ -119,7 +120,7 @@ class Settings:
         return self.stages[-1].length
 
     def check_folder(self, folder: Path) -> None:
-        """Raises ValueError where ``folder`` has another run, or a model of other origin."""
+        """Raises ValueError if ``folder`` has another run, or a model of other origin."""
         path = folder / FILE
         if not path.exists():
             if (folder / "config.json").exists():

@@ -1,22 +1,17 @@
-"""The training itself: transformers' Trainer, going on from its last whole checkpoint.
+"""The training itself: the model, its optional teacher and adapters, and the Trainer's arguments."""
 
-The Trainer keeps the books (steps, checkpoints, logs, processes); what a step computes is engine.py's. A step waits for
-the device once, where its loss is logged.
-"""
-
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainingArguments, set_seed
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
 
 from vllm_power.hf.attention import use_power
 from vllm_power.options import PatternOptions
 from vllm_power.tools.adapt import report
-from vllm_power.tools.adapt.callbacks import Bar, Sound, Stop
+from vllm_power.tools.adapt.callbacks import Bar, Sound
 from vllm_power.tools.adapt.data import Rows
 from vllm_power.tools.adapt.engine import (
     Collator,
@@ -26,10 +21,9 @@ from vllm_power.tools.adapt.engine import (
     has_plain_logits,
     speed_up,
 )
+from vllm_power.tools.adapt.loop import fill_memory, run_to_the_end, training_arguments
 from vllm_power.tools.adapt.loss import spare_logits
-from vllm_power.tools.adapt.memory import plan_memory
 from vllm_power.tools.adapt.settings import Settings
-from vllm_power.tools.common.command_options import Stopped
 
 
 def train(
@@ -42,59 +36,46 @@ def train(
 ) -> Trainer:
     """Train to the end and return the trainer; the losses are written however it ends.
 
-    Raises Stopped, and FloatingPointError where the loss is not sound.
+    Raises Stopped, and FloatingPointError if the loss is not sound.
     """
     device = arguments.device
     model, planner = load(settings, options, device)
     collate = Collator(planner, options)
     if planner is not None and not sharded():
         model.to(device)
-        each = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
 
         def loss_of(count: int) -> torch.Tensor:
             row = {"input_ids": torch.zeros(settings.row, dtype=torch.long)}
             row |= {"position_ids": torch.arange(settings.row), "labels": row["input_ids"]}
             batch = collate([row] * count)
-            with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-                return model(**{name: part.to(device) for name, part in batch.items()}).loss
+            return model(**{name: part.to(device) for name, part in batch.items()}).loss
 
-        count, checkpoints = plan_memory(model.train(), each, settings.row, loss_of, device)
-        arguments.per_device_train_batch_size = count
-        arguments.gradient_accumulation_steps = each // count
-        arguments.gradient_checkpointing = checkpoints
-        said = "with" if checkpoints else "without"
-        console.print(f"{count} of {each} rows at once, {said} gradient checkpointing")
-    stop, bar = Stop(), Bar(settings, console)
+        fill_memory(arguments, model, settings.row, loss_of, console)
     trainer = Trainer(
         model,
         arguments,
         train_dataset=rows,
         data_collator=collate,
         processing_class=tokenizer,
-        callbacks=[Sound(settings), stop, bar],
+        callbacks=[Sound(settings)],
     )
-    trainer.remove_callback(PrinterCallback)
-    checkpoint = last_checkpoint(Path(arguments.output_dir))
-    if checkpoint is not None:
-        console.print(f"going on from {checkpoint}", soft_wrap=True)
-    try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    finally:
-        stop.restore()
-        bar.progress.stop()
-        if bar.tokens_per_second:
-            console.print(f"trained at {bar.tokens_per_second:,.0f} tokens/s", highlight=False)
+
+    def describe(step: int, logs: dict[str, Any]) -> str:
+        return f"sequences of {settings.length_at(step - 1):,}, loss {float(logs['loss']):.3f}"
+
+    def write_losses() -> None:
         if trainer.is_world_process_zero():
-            report.write_losses(trainer.state.log_history, settings, Path(arguments.output_dir).parent)
-    if stop.stopped:
-        raise Stopped(f"stopped at step {trainer.state.global_step}: the same command continues from there")
+            report.write_losses(trainer.state.log_history, settings, Path(str(arguments.output_dir)).parent)
+
+    bar = Bar(settings.steps, settings.batch_tokens, describe, console)
+    run_to_the_end(trainer, bar, console, write_losses)
     return trainer
 
 
 def load(settings: Settings, options: PatternOptions, device: torch.device) -> tuple[Any, Planner | None]:
-    """The model to train: all weights in float32, or in the precision of the run with adapters in float32.
+    """The model to train: its weights in float32, or in the precision of the run with adapters in float32.
 
-    And what plans its batches, where the kernels can do all of it on ``device``. Raises ValueError where ``distill``
+    And what plans its batches, if the kernels can do all of it on ``device``. Raises ValueError if ``distill``
     is asked of a model whose logits are more than its head's product.
     """
     set_seed(settings.seed)  # of the adapters
@@ -117,6 +98,10 @@ def load(settings: Settings, options: PatternOptions, device: torch.device) -> t
         teacher = as_teacher(original, device)
         if planner is not None:
             compile_layers(original)
+    if not (settings.lora or settings.embeddings):
+        # Adam moves the rows of tokens that the data lack as far as those of frequent ones, by gradients near zero.
+        for part in (model.get_input_embeddings(), model.get_output_embeddings()):
+            part.requires_grad_(False)
     if plain:
         speed_up(model, options, settings.dtype, teacher=teacher, share=settings.distill)
     else:
@@ -142,7 +127,7 @@ def sharded() -> bool:
 
 
 def arguments_of(settings: Settings, folder: Path, processes: int, save_every: int) -> TrainingArguments:
-    """Trainer's arguments. Raises ValueError where the processes cannot share a step, or lack bfloat16."""
+    """Trainer's arguments. Raises ValueError if the processes cannot share a step, or lack bfloat16."""
     cuda = torch.cuda.is_available()
     if settings.precision == "bf16" and cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise ValueError(
@@ -154,13 +139,11 @@ def arguments_of(settings: Settings, folder: Path, processes: int, save_every: i
             f"{settings.rows_in_step} sequences of {settings.row:,} tokens a step cannot be shared evenly by "
             f"{processes} processes: give --batch-tokens as a multiple of {processes * settings.row:,}"
         )
-    return TrainingArguments(
-        output_dir=str(folder),
+    return training_arguments(
+        folder,
         max_steps=settings.steps,
         per_device_train_batch_size=1,
         gradient_accumulation_steps=settings.rows_in_step // processes,
-        train_sampling_strategy="sequential",
-        remove_unused_columns=False,
         learning_rate=settings.rate,
         lr_scheduler_type="cosine",
         warmup_steps=round(settings.warmup * settings.steps),
@@ -168,35 +151,9 @@ def arguments_of(settings: Settings, folder: Path, processes: int, save_every: i
         adam_beta2=0.95,
         bf16=settings.precision == "bf16",
         gradient_checkpointing=True,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
         ddp_find_unused_parameters=False,
         logging_steps=1,
-        logging_nan_inf_filter=False,
         save_steps=save_every,
         save_total_limit=2,
         seed=settings.seed,
-        use_cpu=not cuda,
-        dataloader_pin_memory=cuda,
-        # A copy from memory that is not pinned, or a loader that reads while the GPU waits, would cost each step more.
-        accelerator_config={"non_blocking": cuda},
-        dataloader_num_workers=2 if cuda else 0,
-        dataloader_prefetch_factor=8 if cuda else None,
-        disable_tqdm=True,
-        report_to="none",
     )
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The last one that was written to its end, which its state says: it comes last."""
-    found = sorted(
-        folder.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]), reverse=True
-    )
-    return next((path for path in found if _whole(path / "trainer_state.json")), None)
-
-
-def _whole(state: Path) -> bool:
-    try:
-        json.loads(state.read_text())
-    except (OSError, ValueError):
-        return False
-    return True

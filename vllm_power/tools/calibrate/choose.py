@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from vllm_power.tools.calibrate.measure import Effect
 
-TRIED_AGAIN = 4  # layers measured anew in each step of the greedy way past its first
+TRIED_AGAIN = 4  # layers measured again in each step of the greedy way past its first
 
 Measure = Callable[[Iterable[int]], Effect]
 
@@ -41,7 +41,7 @@ class Choice:
 
 
 def check_budget(budget: int, candidates: int) -> None:
-    """Raises ValueError where the budget is not at least 1, or leaves none of the ``candidates`` to the pattern."""
+    """Raises ValueError if the budget is not at least 1, or leaves none of the ``candidates`` to the pattern."""
     if not 0 < budget < candidates:
         raise ValueError(
             f"a budget of {budget} dense layers does not fit: {candidates} layers could run the pattern, and at least "

@@ -74,7 +74,7 @@ def _of_pattern(power: Row) -> Row:
 
 
 def show(console: Console, told: Row, layers: list[Row]) -> None:
-    table = Table(caption="KL in nats a token, against the dense model, past the pattern's dense range")
+    table = Table(caption="KL in nats per token, against the dense model, past the pattern's dense range")
     for heading in ("rank", "layer", "", "output error", "KL alone", "best token kept", "KL left"):
         table.add_column(heading, justify="right")
     for row in layers:
@@ -113,7 +113,7 @@ def plot(told: Row, layers: list[Row], title: str, path: Path) -> None:
     figure, panels = pyplot().subplots(2, 1, figsize=(max(7, 0.3 * len(ordered)), 5), sharex=True)
     for axes, field, label in (
         (panels[0], "output_error", "output error"),
-        (panels[1], "kl_alone", "KL alone, nats a token"),
+        (panels[1], "kl_alone", "KL alone, nats per token"),
     ):
         axes.bar(names, [row[field] for row in ordered], color=colours, edgecolor="grey")
         axes.set_ylabel(label)

@@ -10,8 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from vllm_power import options
 from vllm_power.hf import layers
 from vllm_power.tools.calibrate import choose, report
-from vllm_power.tools.calibrate.measure import Probe
-from vllm_power.tools.calibrate.text import windows
+from vllm_power.tools.calibrate.measure import Probe, windows
 from vllm_power.tools.common.command_options import json_object
 from vllm_power.tools.common.tokenizer import tokenizer_of
 
@@ -104,7 +103,7 @@ def _stored(config: Any) -> options.PatternOptions | None:
 
 
 def _options(given: str | None, config: Any) -> options.PatternOptions:
-    """What --power and the checkpoint say, save for dense layers."""
+    """What --power and the checkpoint say, except for dense layers."""
     asked = json_object(given or "{}", "--power")
     if "dense_layers" in asked:
         raise ValueError(REMEDY_DENSE)

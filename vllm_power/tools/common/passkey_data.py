@@ -137,3 +137,8 @@ def _filler(
 def text(tokens: torch.Tensor) -> str:
     """The text of a document's token ids."""
     return "".join(WORDS[token] for token in tokens.tolist())
+
+
+def digit_columns() -> slice:
+    """Where the digits are among an answer's tokens."""
+    return slice(DIGITS_IN_ANSWER, DIGITS_IN_ANSWER + NUM_DIGITS)

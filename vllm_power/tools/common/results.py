@@ -38,7 +38,7 @@ def machine() -> dict[str, Any]:
         "gpu": gpu,
         "capability": capability,
         "cpu": f"{_cpu_model()}, {os.cpu_count()} cores",
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
         if gpu
         else None,
         "versions": versions,

@@ -34,7 +34,7 @@ class Server:
 
 
 class ServerFailed(RuntimeError):
-    """The server ended, or did not answer in time. `returncode` is None where it was still running."""
+    """The server ended, or did not answer in time. `returncode` is None if it was still running."""
 
     def __init__(self, message: str, returncode: int | None, log: Path) -> None:
         super().__init__(message)
@@ -59,7 +59,7 @@ def serve(
     """Run `vllm serve MODEL ARGUMENTS` on a free local port for the length of a `with` block.
 
     env is added to this process's environment; log is a file for the server's output (default: a new one).
-    While the server starts, on_wait(seconds so far, last log line) is called about four times a second.
+    While the server starts, on_wait(seconds so far, last log line) is called about four times per second.
     Raises ServerFailed if the server ends before it answers /health, or needs more than `timeout` seconds,
     and VllmMissing where there is no vLLM to start.
     """
@@ -128,19 +128,17 @@ def stop(process: subprocess.Popen[Any], grace: float) -> None:
 def vllm_executable() -> str:
     """Return the `vllm` command of this Python environment.
 
-    It is beside Python, or in the folder that `pip install --target` filled and PYTHONPATH names. Not `python -m vllm`,
-    which puts the current directory, with folders of any name, on the import path.
-    Raises VllmMissing where it is not there, or cannot start for want of a distribution called vllm.
+    It is next to Python, or in the folder that `pip install --target` filled and PYTHONPATH names.
+    `python -m vllm` would put the current directory, with folders of any name, on the import path.
+    Raises VllmMissing if it is not there, or cannot start because no distribution is called vllm.
     """
     installed = list(distributions(name="vllm"))
-    beside = Path(sys.executable).with_name("vllm")
-    commands = [beside, *(Path(str(found.locate_file("bin/vllm"))) for found in installed)]
+    usual = Path(sys.executable).with_name("vllm")
+    commands = [usual, *(Path(str(found.locate_file("bin/vllm"))) for found in installed)]
     remedy = "vllm-power doctor says how to install it"
     command = next((command for command in commands if command.exists()), None)
     if command is None:
-        raise VllmMissing(
-            f"vLLM is not installed here: there is no vllm command in {beside.parent}; {remedy}"
-        )
+        raise VllmMissing(f"vLLM is not installed here: there is no vllm command in {usual.parent}; {remedy}")
     if not installed:
         raise VllmMissing(f"vLLM is not installed here under the name vllm, which it asks for; {remedy}")
     return str(command)

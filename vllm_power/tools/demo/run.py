@@ -3,8 +3,6 @@
 import json
 import os
 import shlex
-import signal
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,7 +26,6 @@ console = Console(highlight=False, soft_wrap=True)
 
 def run(model: str | None, backend: str, tokens: int | None) -> int:
     """Run the demo. Returns the exit status: 0, 1 after a failure, 130 after Ctrl-C."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds the stack, which stops the server
     try:
         if model is None:
             find_passkeys(backend, tokens or PASSKEY_TOKENS)

@@ -12,7 +12,7 @@ OLDEST_PYTHON, NEWEST_PYTHON = (3, 11), (3, 14)
 LEAST_CAPABILITY = (8, 0)
 LEAST_CACHE_BYTES = 2 * 2**30
 LEAST_SHM_BYTES = 2**30
-FIRST_VLLM = "Mend what is said about vLLM and the entry points first."
+FIRST_VLLM = "Fix what is said about vLLM and the entry points first."
 
 
 @dataclass(frozen=True)

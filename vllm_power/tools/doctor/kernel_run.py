@@ -10,7 +10,7 @@ HEADS, KV_HEADS, HEAD_SIZE, PAGE = 4, 2, 128, 128
 
 
 def main() -> None:
-    """Run what fits the machine and print what ran. Raises AssertionError where it is inaccurate."""
+    """Run what fits the machine and print what ran. Raises AssertionError if it is inaccurate."""
     if torch.cuda.is_available():
         error = try_triton(torch.device("cuda"), torch.bfloat16)
         print(
@@ -71,7 +71,7 @@ def largest_error(
 ) -> float:
     """The largest error of the last tokens' attention against float64.
 
-    Raises AssertionError where it is more than twice that of the same formula in the inputs' dtype, and two roundings.
+    Raises AssertionError if it is more than twice that of the same formula in the inputs' dtype, and two roundings.
     """
     positions = torch.arange(key.shape[0] - query.shape[0], key.shape[0], device=key.device)
     mask = visibility_mask(pattern, positions, key.shape[0])

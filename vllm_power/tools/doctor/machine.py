@@ -72,7 +72,7 @@ class Machine:
 
     @cached_property
     def gpus(self) -> list[Gpu]:
-        """The GPUs that the driver lists; none where there is no driver, or it does not answer."""
+        """The GPUs that the driver lists; none if there is no driver, or it does not answer."""
         query = ["nvidia-smi", "--query-gpu=name,driver_version,compute_cap", "--format=csv,noheader"]
         try:
             listing = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True).stdout
@@ -152,7 +152,7 @@ class Machine:
 
     @cached_property
     def shm_bytes(self) -> int:
-        """The size of /dev/shm, 0 where there is none."""
+        """The size of /dev/shm, 0 if there is none."""
         try:
             return shutil.disk_usage("/dev/shm").total
         except OSError:
@@ -166,7 +166,7 @@ class Machine:
 
     @cached_property
     def cache_bytes(self) -> int | None:
-        """Free bytes there; None where it cannot be written."""
+        """Free bytes there; None if it cannot be written."""
         there = next(path for path in (self.cache, *self.cache.parents) if path.exists())
         return shutil.disk_usage(there).free if os.access(there, os.W_OK) else None
 

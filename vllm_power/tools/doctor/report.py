@@ -25,7 +25,7 @@ def main(as_json: bool) -> int:
             findings = examine(Machine(), lambda title: status.update(f"looking at {title}"))
         console.print(table(findings))
         count = sum(finding.state == "failed" for finding in findings.values())
-        console.print(f"{count} to mend." if count else "All that is needed is there.")
+        console.print(f"{count} to fix." if count else "All that is needed is there.")
     return int(any(finding.state == "failed" for finding in findings.values()))
 
 

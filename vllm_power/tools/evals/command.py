@@ -120,7 +120,7 @@ def eval_command(
     folder: Annotated[
         Path,
         typer.Option(
-            help="Results; the same command with the same folder goes on where it ended.",
+            help="Results; the same command with the same folder resumes there.",
             rich_help_panel=OUTPUT,
         ),
     ] = Path("eval-results"),

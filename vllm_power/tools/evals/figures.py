@@ -16,7 +16,7 @@ from vllm_power.tools.evals.store import Store
 
 @dataclass(frozen=True)
 class Accuracy:
-    """The mean score of ``count`` answers and its 95 % confidence interval; depth is None over all depths."""
+    """The mean score of ``count`` answers and its 95% confidence interval; depth is None over all depths."""
 
     task: str
     length: int
@@ -134,7 +134,7 @@ def accuracy(task: str, length: int, depth: float | None, scores: list[float]) -
 
 
 def ruler_means(accuracies: list[Accuracy]) -> list[Accuracy]:
-    """The mean over RULER's families for each length, every family alike; none where fewer than two were measured."""
+    """The mean over RULER's families for each length, with equal weights; none if fewer than two were measured."""
     by_length: dict[int, list[Accuracy]] = defaultdict(list)
     for point in accuracies:
         if point.task not in GRIDS:

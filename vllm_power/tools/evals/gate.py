@@ -60,7 +60,7 @@ def write(path: Path, model: str, figures: Figures) -> None:
 
 
 def read(path: Path) -> Gate:
-    """Return a recorded gate. Raises EvalError where there is none or it is none."""
+    """Return a recorded gate. Raises EvalError if there is none, or if the file is not one."""
     try:
         return Gate.model_validate(json.loads(path.read_text()))
     except OSError as error:
@@ -70,7 +70,10 @@ def read(path: Path) -> Gate:
 
 
 def fallen(gate: Gate, figures: Figures) -> list[str]:
-    """A line for each recorded accuracy that this run does not reach, or did not measure alike; none if all is well."""
+    """A line for each recorded accuracy that this run does not reach, or did not measure in the same way.
+
+    Empty if all is well.
+    """
     now = {(figure.task, figure.length): figure for figure in measured(figures)}
     lines = []
     for before in gate.recorded:

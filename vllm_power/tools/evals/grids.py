@@ -16,7 +16,7 @@ from vllm_power.tools.evals.haystack import Haystack
 from vllm_power.tools.evals.items import Item, Result, file_digest, unanswered
 from vllm_power.tools.evals.settings import Settings
 
-FILLER = "Rain falls on the hills. The river runs to the sea. The mill turns in the wind. Then it all begins anew. "
+FILLER = "Rain falls on the hills. The river runs to the sea. The mill turns in the wind. Then it all begins again. "
 CITIES = ("Accra", "Athens", "Bogota", "Cairo", "Dublin", "Hanoi", "Lima", "Oslo", "Paris", "Quito", "Seoul")
 ANSWER_TOKENS = 32
 

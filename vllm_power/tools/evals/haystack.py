@@ -31,7 +31,7 @@ class Haystack:
         """Return ``frame(text)`` of at most ``tokens`` tokens and hardly less, with the needle in the text.
 
         depth: the share of the text's tokens before the needle. start: the piece that the text begins with.
-        Raises EvalError where the frame and the needle alone are longer.
+        Raises EvalError if the frame and the needle alone are longer.
         """
         room = tokens - self.count(frame(needle))
         if room < 0:

@@ -18,7 +18,7 @@ class Item:
 
     prepare: called before the first request of all is sent, for work that takes long or shows that an item cannot be.
     length: tokens of the prompt and the room for its answer. depth: where the answer lies, 0 the start and 1 the end,
-    None where there is no one place. identity: whatever else the result depends on, such as seed and tokenizer.
+    None if there is no single place. identity: whatever else the result depends on, such as seed and tokenizer.
     """
 
     task: str

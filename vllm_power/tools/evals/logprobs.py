@@ -1,6 +1,6 @@
 """Perplexity by length, and agreement with the dense model, both from the logprobs of a text's own tokens.
 
-The text is cut into windows of each length. The model's logprobs of a window are kept in a file beside the results,
+The text is cut into windows of each length. The model's logprobs of a window are kept in a file next to the results,
 and so are the dense model's, so that one server can run after the other.
 
 A list of the ``top`` best tokens leaves the others open. For the Kullback-Leibler divergence of a place all tokens that
@@ -45,7 +45,7 @@ class Windows:
         return cls(tokenizer(text, add_special_tokens=False).input_ids, first, count)
 
     def of(self, length: int) -> list[list[int]]:
-        """Windows of length - 1 tokens: the server adds one. Raises EvalError where the text has not even one."""
+        """Windows of length - 1 tokens: the server adds one. Raises EvalError if the text has not even one."""
         step = length - 1 - len(self.first)
         found = min(self.count, len(self.tokens) // step) if step > 0 else 0
         if not found:

@@ -69,7 +69,7 @@ def by_length(accuracies: Sequence[Accuracy], mean: Sequence[Accuracy] = ()) -> 
 
 
 def perplexity(perplexities: Sequence[Perplexity], agreements: Sequence[Agreement]) -> str:
-    """Perplexity by length; where the dense model was asked, its own beside it."""
+    """Perplexity by length, and the dense model's if it was asked."""
     with drawing(4.9, 3.3) as (_, axes, svg):
         if perplexities:
             points = sorted((p.length, p.perplexity) for p in perplexities)

@@ -28,7 +28,7 @@ def write(
 ) -> tuple[Path, Path]:
     """Write results.json and report.html into the folder and return their paths.
 
-    about: what was measured and how. gate: the lines of what fell; None where no gate was asked for.
+    about: what was measured and how. gate: the lines of what fell; None if no gate was asked for.
     """
     finished = [
         {"key": item.key, "result": result} for item in items if (result := store.result(item)) is not None
@@ -60,7 +60,7 @@ def html(everything: dict[str, Any], figures: Figures) -> str:
     )
     environment.filters |= {
         "tokens": plots.tokens,
-        "percent": lambda share: f"{100 * share:.1f} %",
+        "percent": lambda share: f"{share:.1%}",
         "figure": lambda value: f"{value:.3f}" if value < 10_000 else f"{value:.3e}",
     }
     return environment.get_template("report.html.j2").render(

@@ -57,7 +57,7 @@ def items(task: str, settings: Settings, tokenizer: Any, chat_tokens: int) -> It
 def documents(task: str, settings: Settings, tokenizer: Any, length: int) -> Documents:
     """Make the prompts of one length, the answer's room included.
 
-    Raises EvalError where the length is too short for the family.
+    Raises EvalError if the length is too short for the family.
     """
     answer_tokens = ANSWER_TOKENS.get(task, NIAH_ANSWER_TOKENS)
     if length < SHORTEST:

@@ -1,8 +1,6 @@
 """What `vllm-power eval` does: reach or start the model, ask what was not asked yet, and write the reports."""
 
 import asyncio
-import signal
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -32,7 +30,7 @@ console = Console(highlight=False)
 
 @dataclass(frozen=True)
 class Job:
-    """A whole evaluation. dense: the model to agree with, None where that is not asked."""
+    """A whole evaluation. dense: the model to agree with, None if that is not asked."""
 
     settings: Settings
     target: Target
@@ -48,7 +46,6 @@ class Job:
 
 def run(job: Job) -> int:
     """Evaluate and return the exit status: 0, 1 where the gate has fallen, 2 after an error, 130 after Ctrl-C."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that servers are stopped then too
     try:
         return evaluate(job)
     except (EvalError, VllmMissing) as error:
@@ -58,7 +55,7 @@ def run(job: Job) -> int:
         failures.show(console, failure)
         return 2
     except KeyboardInterrupt:
-        console.print("Interrupted. The same command goes on from here.")
+        console.print("Interrupted. The same command resumes here.")
         return 130
 
 
@@ -140,7 +137,7 @@ def named(job: Job, target: Target, model: Model, make: Make) -> list[Item]:
 
 
 def fitting(settings: Settings, model: Model) -> Settings:
-    """Settings whose lengths the model can take. Raises EvalError where one of them is too long."""
+    """Settings whose lengths the model can take. Raises EvalError if one of them is too long."""
     limit = model.max_model_len
     if not settings.lengths:
         lengths = tuple(length for length in (4096, 8192, 16384, 32768) if limit is None or length <= limit)

@@ -32,7 +32,7 @@ NEEDS_NETWORK = {
 
 
 class EvalError(RuntimeError):
-    """The evaluation cannot go on. The message names the cause and the remedy."""
+    """The evaluation cannot continue. The message names the cause and the remedy."""
 
 
 @dataclass(frozen=True)

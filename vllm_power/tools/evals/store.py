@@ -1,4 +1,4 @@
-"""Finished items in a file, one JSON object a line: a run that was ended goes on where it stopped."""
+"""Finished items in a file, one JSON object per line: a run that ended early resumes there."""
 
 import json
 from dataclasses import asdict
@@ -40,7 +40,7 @@ class Store:
         return item.digest in self.rows
 
     def result(self, item: Item) -> Result | None:
-        """The item's result, None where it is not finished."""
+        """The item's result, None if it is not finished."""
         row = self.rows.get(item.digest)
         return row["result"] if row else None
 
@@ -52,7 +52,7 @@ class Store:
         self.rows[item.digest] = row
 
     def model(self, target: str) -> Model | None:
-        """What a target served when it was asked before, None where it was not."""
+        """What a target served when it was asked before, None if it was not."""
         known = self._models().get(target)
         return Model(**known) if known else None
 

@@ -22,7 +22,7 @@ def load(source: str) -> Any:
 
 
 def chat_tokens(tokenizer: Any) -> int:
-    """Tokens that a chat has beside its question."""
+    """Tokens that a chat has in addition to its question."""
     if not tokenizer.chat_template:
         return CHAT_TOKENS
     empty = tokenizer.apply_chat_template(

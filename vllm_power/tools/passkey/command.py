@@ -1,4 +1,4 @@
-"""``vllm-power passkey``: train the small model under a pattern, evaluate it, draw the comparison."""
+"""``vllm-power passkey``: train the small model under a pattern, evaluate it, compare patterns, draw the comparison."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -9,21 +9,17 @@ from vllm_power.tools.common.command_options import errors_in_one_line
 
 passkey = typer.Typer(no_args_is_help=True)
 
-Minutes = Annotated[
-    float | None,
-    typer.Option(
-        min=0.01, help="At most so many minutes; compiling comes on top.", show_default="gpu 15, cpu 55"
-    ),
-]
 Steps = Annotated[
     int | None,
     typer.Option(
-        min=1, help="At most so many steps: the same for patterns to compare.", show_default="gpu 2,000"
+        min=1,
+        help="Training steps. The same number for patterns to compare.",
+        show_default="gpu 2,000, cpu 1,278, toy 300",
     ),
 ]
 Results = Annotated[
     Path | None,
-    typer.Option(help="Append the rows to passkey.jsonl there.", show_default="the folder itself"),
+    typer.Option(help="Append the rows to adapted.jsonl in this folder.", show_default="the folder itself"),
 ]
 PerDepth = Annotated[
     int | None,
@@ -34,9 +30,10 @@ PerDepth = Annotated[
 Size = Annotated[
     Literal["gpu", "cpu", "toy"] | None,
     typer.Option(
-        help="Of model and training; a toy takes half a minute.", show_default="what the machine has"
+        help="Size of model and training; a toy takes half a minute.", show_default="what the machine has"
     ),
 ]
+Probe = Annotated[float, typer.Option(min=0.0, help="Weight of the probe's loss.")]
 
 
 @passkey.callback()
@@ -46,31 +43,25 @@ def passkey_callback() -> None:
 
 @passkey.command("train")
 def train_command(
-    folder: Annotated[Path, typer.Argument(help="Where checkpoint, log and model go; goes on from there.")],
+    folder: Annotated[
+        Path, typer.Argument(help="For checkpoints, log and model. The same command resumes there.")
+    ],
     pattern: Annotated[str, typer.Option(help="The pattern to train under.")] = "power",
     size: Size = None,
-    minutes: Minutes = None,
     steps: Steps = None,
-    seed: Annotated[int, typer.Option(help="Of weights and data.")] = 0,
-    probe: Annotated[float, typer.Option(min=0.0, help="Weight of the probe's loss.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 0,
+    probe: Probe = 1.0,
     results: Results = None,
     per_depth: PerDepth = None,
 ) -> None:
     """Train under one pattern, write FOLDER/model, and evaluate it at every length and depth."""
     with errors_in_one_line("passkey", "train"):
-        from vllm_power.tools.passkey.run import main
+        from rich.console import Console
 
-        main(
-            folder,
-            pattern=pattern,
-            size=size,
-            minutes=minutes,
-            steps=steps,
-            seed=seed,
-            probe=probe,
-            results=results or folder,
-            per_depth=per_depth,
-        )
+        from vllm_power.tools.passkey.run import main, settings_of
+
+        settings = settings_of(size, pattern, seed, probe, steps)
+        main(settings, folder, results or folder, per_depth, Console(highlight=False))
 
 
 @passkey.command("evaluate")
@@ -85,16 +76,48 @@ def evaluate_command(
 ) -> None:
     """Evaluate a trained model at every length and depth, under any pattern."""
     with errors_in_one_line("passkey", "train"):
-        from vllm_power.tools.passkey.run import evaluate_folder
+        from rich.console import Console
 
-        evaluate_folder(folder, pattern, results or folder, per_depth)
+        from vllm_power.tools.passkey.run import evaluate
+
+        evaluate(folder, pattern, results or folder, per_depth, Console(highlight=False))
+
+
+@passkey.command("compare")
+def compare_command(
+    folder: Annotated[
+        Path, typer.Argument(help="Each training has a folder there. The same command resumes.")
+    ],
+    patterns: Annotated[
+        str, typer.Option(help="The patterns, with commas.")
+    ] = "power,stride_slash,sliding_window,longnet,dilated",
+    seeds: Annotated[str, typer.Option(help="The seeds, with commas.")] = "0,1,2",
+    jobs: Annotated[int, typer.Option(min=1, help="Trainings at the same time, per GPU.")] = 1,
+    size: Size = None,
+    steps: Steps = None,
+    probe: Probe = 1.0,
+    results: Results = None,
+    per_depth: PerDepth = None,
+) -> None:
+    """Train and evaluate under several patterns with several seeds, on all GPUs of this machine."""
+    with errors_in_one_line("passkey", "train"):
+        from rich.console import Console
+
+        from vllm_power.tools.passkey.compare import all_settings, compare
+        from vllm_power.tools.passkey.run import settings_of
+
+        names, numbers = patterns.split(","), [int(seed) for seed in seeds.split(",")]
+        for name in names:
+            base = settings_of(size, name, 0, probe, steps)
+        each = all_settings(base, names, numbers)
+        compare(each, folder, results or folder, per_depth, jobs, Console(highlight=False))
 
 
 @passkey.command("plot")
 def plot_command(
-    folder: Annotated[Path, typer.Argument(help="Where passkey.jsonl is.")],
+    folder: Annotated[Path, typer.Argument(help="The folder with adapted.jsonl.")],
 ) -> None:
-    """Draw accuracy by length, one line a training, into passkey.svg."""
+    """Draw accuracy by length with intervals, one line per pattern, into passkey.svg."""
     with errors_in_one_line("passkey", "train"):
         from vllm_power.tools.passkey.plot import plot
 

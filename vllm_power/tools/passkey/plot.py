@@ -1,76 +1,99 @@
-"""Passkeys found by length, one line a training, after the paper's figure 3."""
+"""Passkeys found by length with intervals, one line per pattern over all its seeds, after the paper's figure 3."""
 
 from pathlib import Path
 from typing import NamedTuple
 
 from vllm_power.pattern import NAMES
+from vllm_power.tools.common.intervals import wilson
 from vllm_power.tools.common.plots import pyplot, save
 from vllm_power.tools.common.results import Row, rows
 
 
 class Training(NamedTuple):
-    """What tells trainings apart. seed: of weights and data; probe: the weight of the probe's loss."""
+    """What distinguishes lines of the plot. model: with its sizes; probe: the weight of the probe's loss."""
 
     pattern: str
-    width: int
+    model: str
     steps: int
-    seed: int
     probe: float
 
+
+class Found(NamedTuple):
+    """Passkeys found at one length, over all seeds."""
+
+    correct: int
+    total: int
+    seeds: int
+
     @property
-    def label(self) -> str:
-        """In a legend; what is usual is left out."""
-        text = f"{self.pattern}: width {self.width}, {self.steps:,} steps"
-        text += f", seed {self.seed}" if self.seed else ""
-        return text + (f", probe {self.probe:g}" if self.probe != 1 else "")
+    def share(self) -> float:
+        return self.correct / self.total
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's, 95%, as if all passkeys were independent."""
+        return wilson(self.correct, self.total)
 
 
-def accuracy(measured: list[Row]) -> dict[Training, dict[int, float]]:
-    """{training: {context: share of right passkeys over all depths}}, each model under the pattern of its training.
+def accuracy(measured: list[Row]) -> dict[Training, dict[int, Found]]:
+    """{training: {context: what was found}} of rows with the task "passkey", each model under its own pattern.
 
-    Of rows for the same training, context and depth the last counts.
+    Of rows for the same training, seed and context the last counts.
     """
     last = {
-        (Training(*(row[name] for name in Training._fields)), row["context"], row["depth"]): row
+        (Training(*(row[name] for name in Training._fields)), row["context"], row["seed"]): row
         for row in measured
-        if row["pattern"] == row["trained"]
+        if row.get("task") == "passkey" and row["pattern"] == row["trained"]
     }
-    sums: dict[tuple[Training, int], list[int]] = {}
-    for (training, context, _), row in last.items():
-        cell = sums.setdefault((training, context), [0, 0])
-        cell[0] += row["correct"]
-        cell[1] += row["total"]
-    found: dict[Training, dict[int, float]] = {}
-    for (training, context), (correct, total) in sorted(sums.items()):
-        found.setdefault(training, {})[context] = correct / total
+    found: dict[Training, dict[int, Found]] = {}
+    for (training, context, _), row in sorted(last.items(), key=lambda item: item[0]):
+        lengths = found.setdefault(training, {})
+        before = lengths.get(context, Found(0, 0, 0))
+        lengths[context] = Found(
+            before.correct + row["correct"], before.total + row["total"], before.seeds + 1
+        )
     return found
 
 
 def plot(folder: Path) -> Path:
-    """Draw ``folder``/passkey.svg from ``folder``/passkey.jsonl. Raises ValueError where there are no rows.
+    """Draw ``folder``/passkey.svg from ``folder``/adapted.jsonl. Raises ValueError if there are no such rows.
 
-    Trainings under one pattern have its colour, and dashes but for the first.
+    Trainings under one pattern have its colour, and dashes except for the first, which has the most steps.
     """
-    found = accuracy(rows(folder, "passkey"))
+    found = accuracy(rows(folder, "adapted"))
     if not found:
-        raise ValueError(f"{folder} has no passkey.jsonl with rows of a training under its own pattern")
+        raise ValueError(f"{folder} has no adapted.jsonl with passkeys of a training under its own pattern")
     figure, axes = pyplot().subplots(figsize=(9.5, 4))
     dashes: dict[str, list[str]] = {}
-    for training in sorted(found, key=lambda training: (NAMES.index(training.pattern), -training.width)):
+    for training in sorted(found, key=lambda one: (NAMES.index(one.pattern), -one.steps, one.model)):
         left = dashes.setdefault(training.pattern, ["-", "--", ":"])
-        axes.plot(
-            list(found[training]),
-            [100 * share for share in found[training].values()],
+        lengths = found[training]
+        shares = [each.share for each in lengths.values()]
+        reach = [(each.share - each.interval[0], each.interval[1] - each.share) for each in lengths.values()]
+        axes.errorbar(
+            list(lengths),
+            [100 * share for share in shares],
+            yerr=[[100 * pair[side] for pair in reach] for side in (0, 1)],
             marker="o",
+            markersize=4,
+            capsize=3,
             color=f"C{NAMES.index(training.pattern)}",
             linestyle=left.pop(0) if len(left) > 1 else left[0],
-            label=training.label,
+            label=label(training, max(each.seeds for each in lengths.values())),
         )
     axes.set(xlabel="context, tokens", ylabel="passkeys found, %", title="Passkeys that small models find")
     axes.set_xscale("log", base=2)
-    contexts = sorted({context for shares in found.values() for context in shares})
+    contexts = sorted({context for lengths in found.values() for context in lengths})
     axes.set_xticks(contexts, [f"{context / 1024:g}K" for context in contexts])
     axes.set_ylim(-3, 103)
     axes.grid(alpha=0.3)
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
     return save(figure, folder / "passkey.svg")
+
+
+def label(training: Training, seeds: int) -> str:
+    """The text of a line in the legend."""
+    width = training.model.rpartition(" ")[2]
+    text = f"{training.pattern}: width {width}, {training.steps:,} steps"
+    text += f", {seeds} seeds" if seeds > 1 else ""
+    return text + (f", probe {training.probe:g}" if training.probe != 1 else "")

@@ -1,224 +1,280 @@
-"""How the small model learns to relay a passkey under a pattern: a step and checkpoints. passkey_run.py runs it.
+"""How the small model learns to relay a passkey under a pattern, with the engine and the loop of `adapt`.
 
-What makes it quick:
-- every token between passkey and question is asked for the passkey by a probe that is thrown away later, so relaying it
-  is learnt from all of them and not from the few answers alone;
+What makes it fast:
+- every token between passkey and question is asked for the passkey by a probe that is discarded later, so relaying is
+  learnt from all of them and not from the few answers alone;
 - documents grow, and with them the number of hops; until the last stage blocks are smaller, so that as many hops fit
   into fewer tokens;
 - the matrices inside the layers learn by Muon, the rest by AdamW;
-- one compiled layer serves all lengths (packing.py).
+- one compiled layer serves all lengths, block sizes and patterns: only the lists of the plan differ.
 """
 
 import json
-import random
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import LlamaForCausalLM, Trainer, TrainerCallback
 
-from vllm_power.pattern import preset
+from vllm_power.hf.attention import use_power
+from vllm_power.hf.sparse import Plan
+from vllm_power.tools.adapt.callbacks import Bar
+from vllm_power.tools.adapt.engine import Planner, compile_layers, hidden_states, prepare
+from vllm_power.tools.adapt.loop import fill_memory, run_to_the_end, training_arguments
 from vllm_power.tools.common import passkey_data as data
-from vllm_power.tools.passkey.packing import LARGEST_TILE, Packing, pack
-from vllm_power.tools.passkey.settings import Settings, Stage
-from vllm_power.tools.passkey.small_model import SmallModel
+from vllm_power.tools.passkey.documents import Collator, Documents
+from vllm_power.tools.passkey.model import new_model
+from vllm_power.tools.passkey.optimizer import MuonAndAdamW
+from vllm_power.tools.passkey.settings import Settings
+
+LOG = "log.jsonl"
+STEPS_BETWEEN_REPORTS = 20
+SECONDS_BETWEEN_CHECKPOINTS = 60.0
+
+
+class Student(nn.Module):
+    """The model, and the probe that is discarded after the training. Returns the loss and what is reported of it.
+
+    dtype: what is computed in; the weights are float32.
+    """
+
+    def __init__(self, settings: Settings, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.settings = settings
+        self.dtype = dtype
+        self.model = new_model(settings)
+        self.probe = nn.Linear(settings.width, 10 * data.NUM_DIGITS)
+        for weight in self.probe.parameters():
+            nn.init.zeros_(weight)
+        self._under: int | None = None
+        self._run_under(settings.block_size)
+        prepare(self.model, settings.options(settings.block_size), dtype)
+
+    def forward(
+        self,
+        block_size: int,
+        position_ids: torch.Tensor | None = None,
+        power_plan: Plan | None = None,
+        **batch: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        """batch: the tensors of a data.Batch, with whole rows of documents.
+
+        position_ids [rows, row] and power_plan: of the rows. Without a plan, each document is a row.
+
+        Returns loss; numbers: float [4], answer loss, probe loss, digits right, probe right; passkeys: how many
+        documents had the whole passkey right. They are means over documents or rows of equal size, so they do not
+        depend on the micro-batches.
+        """
+        documents = data.Batch(**batch)
+        if power_plan is None:
+            self._run_under(block_size)
+            states = hidden_states(self.model, input_ids=documents.tokens)
+        else:
+            assert position_ids is not None
+            tokens = documents.tokens.view(position_ids.shape)
+            states = hidden_states(self.model, power_plan, input_ids=tokens, position_ids=position_ids)
+        with torch.autocast(states.device.type, enabled=False):
+            return self._loss(states.to(self.dtype).view(*documents.tokens.shape, -1), documents)
+
+    def gradient_checkpointing_enable(self, **named: Any) -> None:
+        """As of the model."""
+        self.model.gradient_checkpointing_enable(**named)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """As of the model."""
+        self.model.gradient_checkpointing_disable()
+
+    def _loss(self, hidden: torch.Tensor, batch: data.Batch) -> dict[str, torch.Tensor]:
+        """hidden: [documents, length, width]."""
+        positions = batch.answer_positions()
+        at_answers = hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))
+        logits, answers = self.model.lm_head(at_answers.float()), batch.answers()
+        answer_loss = F.cross_entropy(logits.flatten(0, 1), answers.flatten())
+
+        guesses = F.linear(hidden, self.probe.weight.to(hidden.dtype), self.probe.bias.to(hidden.dtype))
+        guesses = guesses.float().unflatten(-1, (data.NUM_DIGITS, 10))
+        wanted = batch.digits[:, None, :, None].expand(-1, guesses.shape[1], -1, -1)
+        between = batch.between().view(-1, self.settings.row).float()
+        share = (between / between.sum(1, keepdim=True) / len(between)).view(batch.tokens.shape)
+        told = guesses.log_softmax(-1).gather(-1, wanted)[..., 0].mean(-1)
+        probe_loss = -(told * share).sum()
+        probe_right = ((guesses.argmax(-1) == wanted[..., 0]).float().mean(-1) * share).sum()
+
+        right = (logits.argmax(-1) == answers)[:, data.digit_columns()]
+        numbers = torch.stack((answer_loss, probe_loss, right.float().mean(), probe_right)).detach()
+        loss = answer_loss + self.settings.probe * probe_loss
+        return {"loss": loss, "numbers": numbers, "passkeys": right.all(-1).sum()}
+
+    def _run_under(self, block_size: int) -> None:
+        if block_size != self._under:
+            use_power(self.model, self.settings.options(block_size))
+            self._under = block_size
+
+
+class PasskeyTrainer(Trainer):
+    """The Trainer, which also logs the numbers of :class:`Student`."""
+
+    def __init__(self, settings: Settings, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self.settings = settings
+        self.tally = Tally()
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """One micro-batch."""
+        output = model(**inputs)
+        self.tally.add(inputs["tokens"], output["numbers"], output["passkeys"])
+        return output["loss"]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the numbers since the last report."""
+        if "loss" in logs:
+            logs = logs | self.tally.report()
+            self.tally = Tally()
+        super().log(logs, start_time)
 
 
 @dataclass
 class Tally:
-    """Sums over the steps since the last report, kept on the device: reading them each step would make it wait."""
+    """Sums over the micro-batches since the last report. They stay on the device: reading them would wait for it."""
 
-    steps: int = 0
+    batches: int = 0
+    tokens: int = 0
     started: float = field(default_factory=time.monotonic)
     sums: torch.Tensor | None = None
-    by_length: dict[int, torch.Tensor] = field(default_factory=dict)
+    right: dict[int, torch.Tensor] = field(default_factory=dict)
     documents: dict[int, int] = field(default_factory=dict)
 
-    def add(self, packing: Packing, numbers: torch.Tensor, keys_right: torch.Tensor) -> None:
-        """numbers: float [4] of one step; keys_right: how many documents had the whole passkey right."""
-        self.steps += 1
+    def add(self, tokens: torch.Tensor, numbers: torch.Tensor, passkeys: torch.Tensor) -> None:
+        """tokens: [documents, length]; numbers, passkeys: as of :class:`Student`."""
+        documents, length = tokens.shape
+        self.batches += 1
+        self.tokens += tokens.numel()
         self.sums = numbers if self.sums is None else self.sums + numbers
-        self.by_length[packing.length] = self.by_length.get(packing.length, 0) + keys_right
-        self.documents[packing.length] = self.documents.get(packing.length, 0) + packing.documents
+        self.right[length] = self.right.get(length, 0) + passkeys
+        self.documents[length] = self.documents.get(length, 0) + documents
 
-    def report(self, tokens: int) -> dict[str, Any]:
+    def report(self) -> dict[str, Any]:
         """Means, and the share of right passkeys at each length. Waits for the device."""
         assert self.sums is not None
-        answer_loss, probe_loss, digits, probe = (self.sums / self.steps).tolist()
+        answer_loss, probe_loss, digits, probe = (self.sums / self.batches).tolist()
         return {
             "answer_loss": answer_loss,
             "probe_loss": probe_loss,
             "digits": digits,
             "probe": probe,
             "passkeys": {
-                length: right.item() / self.documents[length]
-                for length, right in sorted(self.by_length.items())
+                str(length): right.item() / self.documents[length]
+                for length, right in sorted(self.right.items())
             },
-            "tokens_per_second": self.steps * tokens / (time.monotonic() - self.started),
+            "tokens_per_second": self.tokens / (time.monotonic() - self.started),
         }
 
 
-class Trainer:
-    """The state of one training, its step, and its checkpoint."""
+class Saving(TrainerCallback):
+    """Asks for a checkpoint once a minute."""
 
-    def __init__(self, settings: Settings, device: torch.device) -> None:
-        self.settings = settings
-        self.device = device
-        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self.model = SmallModel(settings.sizes, torch.Generator().manual_seed(settings.seed)).to(device)
-        self.probe = nn.Linear(settings.width, 10 * data.NUM_DIGITS, device=device)
-        for weight in self.probe.parameters():
-            nn.init.zeros_(weight)
-        self.generator = torch.Generator(device).manual_seed(settings.seed)
-        self.step = 0
-        self.elapsed = 0.0
-        self.parameters = [*self.model.parameters(), *self.probe.parameters()]
-        matrices = [weight for weight in self.model.model.layers.parameters() if weight.dim() == 2]
-        inside = {id(weight) for weight in matrices}
-        rest = [weight for weight in self.parameters if id(weight) not in inside]
-        self.optimizers = {
-            "muon": torch.optim.Muon(matrices, lr=settings.muon_lr, weight_decay=settings.weight_decay),
-            "adamw": torch.optim.AdamW(
-                rest, lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=device.type == "cuda"
-            ),
+    def __init__(self) -> None:
+        self.last = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **named: Any) -> None:
+        if time.monotonic() - self.last > SECONDS_BETWEEN_CHECKPOINTS:
+            control.should_save = True
+            self.last = time.monotonic()
+
+
+class Logging(TrainerCallback):
+    """Writes what was logged so far, one line per report."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_log(self, args: Any, state: Any, control: Any, **named: Any) -> None:
+        entries = [entry for entry in state.log_history if "loss" in entry]
+        self.path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+
+
+def train(settings: Settings, folder: Path, console: Console) -> LlamaForCausalLM:
+    """Train to the end, from the last checkpoint in ``folder`` if there is one. Returns the model.
+
+    Writes checkpoints and log.jsonl there. Raises Stopped after SIGTERM or Ctrl-C, and ValueError if the folder has a
+    training with other settings.
+    """
+    settings.check(folder)
+    settings.write(folder)
+    cuda = torch.cuda.is_available()
+    arguments = training_arguments(
+        folder / "checkpoints",
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.rows_in_step,
+        bf16=cuda,
+        logging_steps=STEPS_BETWEEN_REPORTS,
+        save_strategy="no",  # Saving asks for them
+        save_total_limit=1,
+        seed=settings.seed,
+    )
+    student = Student(settings, torch.bfloat16 if cuda else torch.float32)
+    planners = None
+    if Planner.suits(student.model.config, arguments.device):
+        planners = Planners(settings, student.model.config, student.dtype)
+    collate = Collator(settings.row, planners)
+    rows = Documents(settings)
+    if planners is not None:
+        student.to(arguments.device)
+        compile_layers(student.model)
+
+        def loss_of(count: int) -> torch.Tensor:
+            batch = collate([rows[0]] * count)
+            moved = {
+                name: part if name == "block_size" else part.to(arguments.device)
+                for name, part in batch.items()
+            }
+            return student(**moved)["loss"]
+
+        fill_memory(arguments, student, settings.row, loss_of, console)
+    optimizer = MuonAndAdamW(student, student.model.model.layers, settings, fused=cuda)
+    trainer = PasskeyTrainer(
+        settings,
+        student,
+        arguments,
+        train_dataset=rows,
+        data_collator=collate,
+        optimizers=(optimizer, LambdaLR(optimizer, settings.rate)),
+        callbacks=[Saving(), Logging(folder / LOG)],
+    )
+    bar = Bar(settings.steps, settings.tokens, describe, console)
+    run_to_the_end(trainer, bar, console, lambda: None)
+    return student.model
+
+
+def describe(step: int, logs: dict[str, Any]) -> str:
+    """What the progress shows."""
+    lengths = " ".join(f"{length}:{share:.0%}" for length, share in logs["passkeys"].items())
+    return (
+        f"loss {logs['answer_loss']:.3f}, probe {logs['probe']:.0%}, digits {logs['digits']:.0%}, passkeys {lengths}, "
+        f"{logs['tokens_per_second'] / 1e3:,.0f}K tokens/s"
+    )
+
+
+class Planners:
+    """The planner for each size of blocks. Not closures: a loader's processes receive a copy."""
+
+    def __init__(self, settings: Settings, config: Any, dtype: torch.dtype) -> None:
+        self.planners = {
+            size: Planner(config, settings.options(size), dtype)
+            for size in {settings.block_size // stage.shrink for stage in settings.curriculum}
         }
-        self.packings: dict[tuple[int, int], Packing] = {}
-        if device.type == "cuda":
-            for layer in self.model.model.layers:
-                layer.compile(fullgraph=True)
 
-    # --- one step -----------------------------------------------------------------------------------------------
-
-    def train_step(self, progress: float, tally: Tally) -> None:
-        """One step of both optimisers; ``progress`` is the share of the training that is done."""
-        rate = self._rate(progress)
-        for name, optimizer in self.optimizers.items():
-            base = self.settings.muon_lr if name == "muon" else self.settings.lr
-            optimizer.param_groups[0]["lr"] = base * rate
-            optimizer.zero_grad()
-        stage = next(
-            stage for stage in self.settings.curriculum if progress < stage.until or stage.until >= 1
-        )
-        blocks = random.Random(f"{self.settings.seed} {self.step}").choice(stage.blocks)
-        packing = self.packing(blocks, self.settings.block_size // stage.shrink)
-        batch = data.sample(
-            packing.documents,
-            packing.length,
-            self.generator,
-            slack=self.settings.block_size // stage.shrink,
-        )
-        loss, numbers, keys_right = self._loss(self.hidden(packing, batch.tokens), batch)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        for optimizer in self.optimizers.values():
-            optimizer.step()
-        self.step += 1
-        tally.add(packing, numbers, keys_right)
-
-    def packing(self, blocks: int, block_size: int) -> Packing:
-        """As many documents of ``blocks`` blocks as make up a step."""
-        if (blocks, block_size) not in self.packings:
-            pattern = preset(self.settings.pattern, block_size=block_size)
-            length = blocks * block_size
-            documents = self.settings.tokens // length
-            self.packings[blocks, block_size] = pack(
-                pattern, documents, length, self.settings.sizes, self.device
-            )
-        return self.packings[blocks, block_size]
-
-    def hidden(self, packing: Packing, tokens: torch.Tensor) -> torch.Tensor:
-        """The last hidden states [documents, length, width], in bfloat16 on a GPU; tokens: [documents, length]."""
-        states = self.model.model(tokens.view(packing.rows, -1), packing.rotation, packing.mask, self.dtype)
-        return states.view(packing.documents, packing.length, -1)
-
-    def _loss(
-        self, hidden: torch.Tensor, batch: data.Batch
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The loss, (answer loss, probe loss, digits right, probe right) and the number of passkeys that are right."""
-        positions = batch.answer_positions()
-        at_answers = hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))
-        logits, answers = self.model.lm_head(at_answers.float()), batch.answers()
-        answer_loss = F.cross_entropy(logits.flatten(0, 1), answers.flatten())
-
-        between = batch.between()
-        guesses = F.linear(hidden, self.probe.weight.to(hidden.dtype), self.probe.bias.to(hidden.dtype))
-        guesses = guesses.float().unflatten(-1, (data.NUM_DIGITS, 10))
-        told = guesses.log_softmax(-1)
-        wanted = batch.digits[:, None, :, None].expand(-1, told.shape[1], -1, -1)
-        share = between.float() / between.sum()
-        probe_loss = -(told.gather(-1, wanted)[..., 0].mean(-1) * share).sum()
-        probe_right = ((guesses.argmax(-1) == wanted[..., 0]).float().mean(-1) * share).sum()
-
-        right = (logits.argmax(-1) == answers)[:, digit_columns()]
-        numbers = torch.stack((answer_loss, probe_loss, right.float().mean(), probe_right)).detach()
-        return answer_loss + self.settings.probe * probe_loss, numbers, right.all(-1).sum()
-
-    def _rate(self, progress: float) -> float:
-        """The learning rate's factor: a warm-up, then 1, then down to a fiftieth over the last part."""
-        warm = min(1.0, (self.step + 1) / self.settings.warmup_steps)
-        return warm * min(1.0, max(0.02, (1 - progress) / self.settings.decay))
-
-    # --- checkpoints --------------------------------------------------------------------------------------------
-
-    def save(self, path: Path) -> None:
-        """Write everything needed to go on; the file is whole or the old one."""
-        state = {
-            "settings": asdict(self.settings),
-            "model": self.model.state_dict(),
-            "probe": self.probe.state_dict(),
-            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
-            "generator": self.generator.get_state(),
-            "step": self.step,
-            "elapsed": self.elapsed,
-        }
-        unfinished = path.with_suffix(".part")
-        torch.save(state, unfinished)
-        unfinished.replace(path)
-
-    @classmethod
-    def of_checkpoint(cls, path: Path, device: torch.device) -> "Trainer":
-        """The settings, weights and step of the training that wrote ``path``, to evaluate.
-
-        On ``device``, unless the blocks are smaller than a GPU's tiles: then on the CPU.
-        """
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        stored = state["settings"]
-        curriculum = tuple(
-            Stage(stage["until"], tuple(stage["blocks"]), stage["shrink"]) for stage in stored["curriculum"]
-        )
-        settings = Settings(**{**stored, "curriculum": curriculum})
-        trainer = cls(settings, torch.device("cpu") if settings.block_size % LARGEST_TILE else device)
-        trainer.model.load_state_dict(state["model"])
-        trainer.step = state["step"]
-        return trainer
-
-    def load(self, path: Path) -> None:
-        """Go on from a checkpoint. Raises ValueError where it was made with other settings."""
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        ours = json.loads(json.dumps(asdict(self.settings)))
-        theirs = json.loads(json.dumps(state["settings"]))
-        if ours != theirs:
-            different = ", ".join(
-                "another curriculum"
-                if key == "curriculum"
-                else f"{key} {theirs.get(key)} there, {value} here"
-                for key, value in ours.items()
-                if theirs.get(key) != value
-            )
-            raise ValueError(
-                f"{path} is of other settings ({different}): use another folder, or those options"
-            )
-        self.model.load_state_dict(state["model"])
-        self.probe.load_state_dict(state["probe"])
-        for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
-        self.generator.set_state(state["generator"])
-        self.step, self.elapsed = state["step"], state["elapsed"]
-
-
-def digit_columns() -> slice:
-    """Where the digits are among an answer's tokens."""
-    return slice(data.DIGITS_IN_ANSWER, data.DIGITS_IN_ANSWER + data.NUM_DIGITS)
+    def __call__(self, block_size: int) -> Planner:
+        return self.planners[block_size]

@@ -1,20 +1,19 @@
 """What a model costs under the pattern and dense: work, bytes, memory, and the time that a GPU should need.
 
 Work and memory are exact (``counts.py``). Times are a roofline with a few measured constants; docs/explore.md has the
-formulas, the assumptions, and the recorded measurements beside them.
+formulas, the assumptions, and the recorded measurements next to them.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-from vllm_power.pattern import Pattern, preset
+from vllm_power.options import MODES, resolve
+from vllm_power.pattern import PATTERN_ROWS, Pattern, RowRule
 from vllm_power.tools.web import gpus
-from vllm_power.tools.web.counts import held, token_pairs, tokens_read
-from vllm_power.tools.web.question import Question
+from vllm_power.tools.web.counts import FULL, held, prompt_pairs, tokens_read
+from vllm_power.tools.web.question import Question, fields_of
 
-FULL = preset("full")
-
-# Attention kernels against a large matrix product: 590 of 670 TFLOP/s, ours and FlashAttention 3 alike
+# Attention kernels against a large matrix product: 590 of 670 TFLOP/s, both ours and FlashAttention 3
 # (docs/results/kernels.jsonl, prefill of 131,072 tokens on pages of 256).
 ATTENTION_SHARE = 0.88
 # What a step takes beyond its work, by the steps of 512 tokens in docs/results/serve.jsonl: host, launches, sampling.
@@ -28,9 +27,31 @@ WORKING_GIB = 2.0
 def estimate(ask: Question) -> dict[str, Any]:
     """The answer to a question, ready for JSON: FLOPs, bytes, seconds, and dense divided by power as ``ratio``.
 
+    ``served``: how, as fields of a question. ``modes``: the ratios of each mode with what it sets by default.
+
     Bytes of memory and numbers of requests are those of all GPUs together. ``fits`` counts requests of this length;
     ``workload`` is the time for ``concurrency`` requests, in turns where they do not fit together.
     """
+    answer = _answer(ask)
+    answer["served"] = {name: getattr(ask, name) for name in ("mode", "dense_tail", "decode", "dense_layers")}
+    answer["modes"] = {mode: _ratios(ask, mode) for mode in MODES}
+    return answer
+
+
+def _ratios(ask: Question, mode: str) -> dict[str, float | None]:
+    """Dense divided by power, for the question as ``mode`` would serve it: times, KV memory of a request in decode."""
+    fields = fields_of(resolve({"mode": mode}, None), ask.layers, ask.window_layers)
+    answer = _answer(ask.model_copy(update=fields))
+    held_bytes = answer["memory"]["request_bytes"]
+    return {
+        "first_token": answer["prefill"]["ratio"],
+        "decode_step": answer["decode"]["ratio"],
+        "request_bytes": held_bytes["dense"] / held_bytes["decode"],
+        "workload": answer["workload"]["ratio"],
+    }
+
+
+def _answer(ask: Question) -> dict[str, Any]:
     pattern = ask.effective_pattern
     memory = _memory(ask, pattern)
     answer: dict[str, Any] = {
@@ -57,7 +78,10 @@ def estimate(ask: Question) -> dict[str, Any]:
 def _prefill(ask: Question, pattern: Pattern) -> dict[str, Any]:
     """Of one prompt: FLOPs and seconds."""
     linear = 2 * (ask.active_parameters * ask.context + ask.vocab_size * ask.hidden_size)
-    attention = {"dense": _attention_flops(ask, FULL), "power": _attention_flops(ask, pattern)}
+    attention = {
+        "dense": _attention_flops(ask, FULL, PATTERN_ROWS),
+        "power": _attention_flops(ask, pattern, ask.rows),
+    }
     network = ask.intermediate_size + ask.experts_per_token * ask.expert_size
     projected = (ask.heads + 2 * ask.kv_heads) * ask.head_size
     # Norms and residuals, projections to and from attention, the feed-forward network's inner values: read or written.
@@ -74,12 +98,13 @@ def _prefill(ask: Question, pattern: Pattern) -> dict[str, Any]:
     }
 
 
-def _attention_flops(ask: Question, pattern: Pattern) -> int:
+def _attention_flops(ask: Question, pattern: Pattern, rule: RowRule) -> int:
     """Of one prompt: a pair of tokens takes two products of a head's size, each number multiplied and added."""
     window = min(ask.window_tokens, ask.context)
     in_window = window * ask.context - window * (window - 1) // 2
-    dense = token_pairs(FULL, ask.context)
-    pairs = _over_layers(ask, (token_pairs(pattern, ask.context), dense)) + ask.window_layers * in_window
+    dense = prompt_pairs(FULL, ask.context)
+    pairs = _over_layers(ask, (prompt_pairs(pattern, ask.context, rule), dense))
+    pairs += ask.window_layers * in_window
     return 4 * ask.heads * ask.head_size * pairs
 
 
@@ -87,9 +112,10 @@ def _decode(ask: Question, pattern: Pattern, batch: int) -> dict[str, Any]:
     """Of one step of ``batch`` requests in the middle of their output: bytes and seconds."""
     position = ask.context + ask.output // 2 - 1
     window = min(ask.window_tokens, position + 1) * ask.window_layers
+    sparse = position + 1 if ask.rows.dense_decode else tokens_read(pattern, position)
     tokens = {
         "dense": _over_layers(ask, (position + 1, position + 1)) + window,
-        "power": _over_layers(ask, (tokens_read(pattern, position), position + 1)) + window,
+        "power": _over_layers(ask, (sparse, position + 1)) + window,
     }
     weights = _weights_read(ask, batch)
     keys = {name: batch * count * _token_bytes(ask) for name, count in tokens.items()}
@@ -101,7 +127,7 @@ def _decode(ask: Question, pattern: Pattern, batch: int) -> dict[str, Any]:
 
 def _memory(ask: Question, pattern: Pattern) -> dict[str, Any]:
     """Bytes of the weights, of what is left for the KV cache, of one request, and how many requests fit."""
-    blocks = held(pattern, ask.context, ask.output, ask.chunk)
+    blocks = held(pattern, ask.context, ask.output, ask.chunk, ask.rows)
     in_window = min(blocks.dense, -(-ask.window_tokens // pattern.block_size) + 1) * ask.window_layers
     block_bytes = pattern.block_size * _token_bytes(ask)
     request = {
@@ -150,7 +176,7 @@ def _compute(ask: Question, flops: float) -> float:
 
 
 def _stream(ask: Question, count: float) -> float:
-    """Seconds in which all GPUs together read or write so many bytes."""
+    """Seconds in which all GPUs together read or write this number of bytes."""
     return count / (_gpu(ask).tb_per_s * 1e12) / ask.gpus
 
 

@@ -13,7 +13,7 @@ import uvicorn
 from fastapi import FastAPI
 from fastapi.responses import RedirectResponse
 
-from vllm_power.tools.web import routes, shapes
+from vllm_power.tools.web import planner, routes
 from vllm_power.tools.web.guard import HostCheck, hosts_of
 
 
@@ -37,7 +37,7 @@ def main(host: str, port: int, model: Path | None, allowed: Sequence[str] = ()) 
 
 
 def make_app(model: Path | None = None, hosts: frozenset[str] | None = None) -> FastAPI:
-    """The application, without an engine. Raises OSError and ValueError as ``shapes.of_path`` does.
+    """The application, without an engine. Raises OSError and ValueError as ``planner.of_path`` does.
 
     hosts: those that it answers for; None for all.
     """
@@ -51,7 +51,7 @@ def make_app(model: Path | None = None, hosts: frozenset[str] | None = None) -> 
         return RedirectResponse("power")
 
     if model is not None:
-        app.state.power_shape = (model.resolve().name, shapes.of_path(model))
+        app.state.power_model = (model.resolve().name, planner.of_path(model))
     return app
 
 

@@ -1,4 +1,4 @@
-"""What the routes tell about a running engine: its configuration, and the figures that it shares (``figures``)."""
+"""What the routes tell about a running engine: its configuration, and its metrics (``vllm_power.metrics``)."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +18,10 @@ class Engine:
 
     def __init__(self, vllm_config: "VllmConfig") -> None:
         self.vllm_config = vllm_config
-        self.heard: dict[str, Any] | None = None  # from an engine; all engines of a server are alike
+        self.heard: dict[str, Any] | None = None  # from an engine; all engines of a server are equal
 
     def info(self) -> dict[str, Any]:
-        """Fields that only the engine knows are null where it can't be heard; ``note`` says why."""
+        """Fields that only the engine knows are null if it cannot be heard; ``note`` says why."""
         asked = options.of_config(self.vllm_config)
         model = self.vllm_config.model_config
         pattern = describe(asked.effective_pattern)
@@ -41,9 +41,9 @@ class Engine:
         }
 
     def live(self) -> dict[str, Any]:
-        """The figures of all engines together. Raises routes.Unavailable where none can be heard or one counts no more.
+        """The metrics of all engines together. Raises routes.Unavailable if none can be heard or one no longer counts.
 
-        Counters run from the engine's start. Blocks: see ``figures.names``.
+        Counters run from the engine's start. Blocks: see ``vllm_power.metrics.definitions``.
         """
         try:
             metrics = {metric.name: metric for metric in collector.metrics()}

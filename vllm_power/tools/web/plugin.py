@@ -29,4 +29,4 @@ class PowerEndpoints:
 
         if engine_client is not None and is_selected(engine_client.vllm_config):
             state.power = Engine(engine_client.vllm_config)
-            state.power_shape = planner.served(engine_client.vllm_config)
+            state.power_model = planner.served(engine_client.vllm_config)

@@ -5,10 +5,11 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from vllm_power.pattern import Pattern
+from vllm_power.options import MODES, PowerOptions, resolve
+from vllm_power.pattern import Pattern, PatternName, RowRule
 from vllm_power.tools.web import gpus, shapes
 from vllm_power.tools.web.drawing import MAX_TOKENS, Drawing
-from vllm_power.tools.web.shapes import Shape
+from vllm_power.tools.web.shapes import MOST_LAYERS, Shape
 
 LEAST_BYTES = 1 / 8  # a number has at least a bit
 
@@ -18,7 +19,8 @@ class Question(Shape):
 
     context: tokens of a prompt. output: tokens of its answer. concurrency: requests at a time. weight_bytes, kv_bytes:
     of one number. gpus: how many share the model (tensor parallelism). chunk: most tokens of a step
-    (``--max-num-batched-tokens``). The pattern's fields are those of the options; left out, the paper's values.
+    (``--max-num-batched-tokens``). The pattern's fields are those of the options; left out, the paper's values. mode:
+    how the model is served, which sets ``dense_tail``, ``decode`` and ``dense_layers`` where they are left out.
     """
 
     model: str | None = None
@@ -30,7 +32,10 @@ class Question(Shape):
     gpu: str = "H200 SXM"
     gpus: int = Field(1, ge=1, le=1024)
     chunk: int = Field(8_192, ge=1, le=1 << 20)
-    pattern: Literal["power", "sliding_window", "stride_slash", "dilated", "longnet", "full"] = "power"
+    mode: Literal["trained", "training_free"] = "trained"
+    dense_tail: int = Field(0, ge=0, le=MAX_TOKENS)
+    decode: Literal["pattern", "dense"] = "pattern"
+    pattern: PatternName = "power"
     block_size: int | None = None
     sink_blocks: int | None = None
     window_blocks: int | None = None
@@ -42,6 +47,7 @@ class Question(Shape):
         if not isinstance(values, Mapping):
             return values
         known = shapes.known()
+        values = dict(values)
         if values.get("model") is None:
             missing = [
                 name
@@ -50,10 +56,16 @@ class Question(Shape):
             ]
             if missing:
                 raise ValueError(f"name a model ({', '.join(known)}) or give its {', '.join(missing)}")
-            return values
-        if values["model"] not in known:
+        elif values["model"] not in known:
             raise ValueError(f"unknown model {values['model']!r}: one of {', '.join(known)}")
-        return {**known[values["model"]].model_dump(), **values}
+        else:
+            values = {**known[values["model"]].model_dump(exclude_defaults=True), **values}
+        sizes = [str(values.get(name, 0)) for name in ("layers", "window_layers")]
+        if values.get("mode") in MODES and all(map(str.isdecimal, sizes)):
+            layers, windows = map(int, sizes)
+            if 0 < layers <= MOST_LAYERS and windows <= layers:
+                values = {**fields_of(resolve({"mode": values["mode"]}, None), layers, windows), **values}
+        return values
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -72,12 +84,19 @@ class Question(Shape):
         return self
 
     @property
+    def rows(self) -> RowRule:
+        """Which rows see everything."""
+        return RowRule(self.dense_tail, self.decode == "dense")
+
+    @property
     def effective_pattern(self) -> Pattern:
-        """The pattern asked for. Raises ValueError where a number is out of range or it would take too long."""
+        """The pattern asked for. Raises ValueError if a number is out of range or it would take too long."""
         names = ("block_size", "sink_blocks", "window_blocks", "stride")
         fields = {name: value for name in names if (value := getattr(self, name)) is not None}
         try:
-            return Drawing(name=self.pattern, tokens=self.context + self.output, **fields).pattern
+            return Drawing(
+                pattern=self.pattern, tokens=self.context + self.output, **fields
+            ).effective_pattern
         except ValidationError as error:
             problems = [problem["msg"].removeprefix("Value error, ") for problem in error.errors()]
             raise ValueError("; ".join(problems)) from None
@@ -86,3 +105,17 @@ class Question(Shape):
     def pattern_layers(self) -> int:
         """Layers that run the pattern."""
         return self.layers - self.dense_layers - self.window_layers
+
+
+def fields_of(asked: PowerOptions, layers: int, window_layers: int = 0) -> dict[str, Any]:
+    """How a model of ``layers`` layers is served under these options, as fields of a question.
+
+    Layers with a window keep it, also if the options name them; as many are named as if they were spread evenly.
+    """
+    dense = len(asked.dense_layer_indices(layers))
+    return {
+        "mode": asked.mode,
+        "dense_tail": asked.dense_tail,
+        "decode": asked.decode,
+        "dense_layers": round(dense * (layers - window_layers) / layers),
+    }

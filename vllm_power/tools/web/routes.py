@@ -39,7 +39,7 @@ class EngineView(Protocol):
 
 
 class Unavailable(RuntimeError):
-    """There are no figures; the message says why."""
+    """There are no metrics; the message says why."""
 
 
 page = APIRouter(include_in_schema=False, route_class=GuardedRoute)
@@ -84,7 +84,7 @@ def info(request: Request) -> dict[str, Any]:
 
 @json.get("/live")
 def live(request: Request) -> dict[str, Any]:
-    """The engine's figures of now; 404 without an engine, 503 where it has none to tell, both with the reason."""
+    """The engine's current metrics; 404 without an engine, 503 if it has none to share, both with the reason."""
     engine: EngineView | None = getattr(request.app.state, "power", None)
     if engine is None:
         raise HTTPException(404, NO_ENGINE)
@@ -96,7 +96,7 @@ def live(request: Request) -> dict[str, Any]:
 
 @json.get("/pattern")
 def pattern(drawing: Annotated[Drawing, Query()]) -> dict[str, Any]:
-    """What to draw of a pattern over a sequence (``server/drawing.py``)."""
+    """What to draw of a pattern over a sequence (``drawing.py``)."""
     return draw(drawing)
 
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from vllm_power.options import indices
 
+MOST_LAYERS = 1024
 FILE = Path(__file__).with_name("models.json")
 
 # config.json's names for what a Shape has, the first that is there.
@@ -24,7 +25,7 @@ _NAMES = {
 class Shape(BaseModel):
     """A decoder with grouped-query attention and a gated feed-forward network (three matrices), perhaps of experts.
 
-    intermediate_size: of the network that every token goes through; 0 where there are only experts.
+    intermediate_size: of the network that every token goes through; 0 if there are only experts.
     experts, experts_per_token, expert_size: of a mixture; 0 without one.
     window_layers, window_tokens: layers with a sliding window of their own, which they keep under the pattern.
     dense_layers: how many layers stay dense (the option ``dense_layers``).
@@ -32,7 +33,7 @@ class Shape(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    layers: int = Field(ge=1, le=1024)
+    layers: int = Field(ge=1, le=MOST_LAYERS)
     hidden_size: int = Field(ge=1, le=1 << 20)
     heads: int = Field(ge=1, le=4096)
     kv_heads: int = Field(ge=1, le=4096)
@@ -43,9 +44,9 @@ class Shape(BaseModel):
     experts: int = Field(0, ge=0, le=1 << 16)
     experts_per_token: int = Field(0, ge=0, le=1 << 16)
     expert_size: int = Field(0, ge=0, le=1 << 22)
-    window_layers: int = Field(0, ge=0, le=1024)
+    window_layers: int = Field(0, ge=0, le=MOST_LAYERS)
     window_tokens: int = Field(0, ge=0, le=1 << 24)
-    dense_layers: int = Field(0, ge=0, le=1024)
+    dense_layers: int = Field(0, ge=0, le=MOST_LAYERS)
 
     @property
     def attention_parameters(self) -> int:
@@ -78,7 +79,7 @@ class Shape(BaseModel):
 def of_config(config: Mapping[str, Any]) -> Shape:
     """The shape of a model by its config.json.
 
-    Raises ValueError where a number is missing, or where PowerAttention does not serve such a model.
+    Raises ValueError if a number is missing, or if PowerAttention does not serve such a model.
     """
     try:
         return _of_config(config.get("text_config") or config)
@@ -116,22 +117,10 @@ def _of_config(config: Mapping[str, Any]) -> Shape:
         window_layers=window_layers,
         window_tokens=window,
     )
-    # Counted once the number of layers is known to be one of a model.
+    # Counted only now that the number of layers is known to be that of a model.
     trained = config.get("power_attention") or {}
     dense = indices(trained.get("dense_layers", []), planned.layers)
     return planned.model_copy(update={"dense_layers": len(dense)})
-
-
-def of_path(path: Path) -> Shape:
-    """The shape of the model in a folder, or of a config.json. Raises ValueError, and OSError where there is none."""
-    path = path / "config.json" if path.is_dir() else path
-    try:
-        config = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} holds no object")
-    return of_config(config)
 
 
 @cache

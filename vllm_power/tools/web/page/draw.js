@@ -21,8 +21,13 @@ function kind(pattern, q, k) {
   return q - k < pattern.window_blocks ? "near" : "far";
 }
 
+/** The colour of blocks that query block `q` does not see under the pattern: its rows may see everything. */
+function unseen(dense, q) {
+  return dense !== null && q >= dense ? "dense-row" : "skipped";
+}
+
 /** The sequence as a row: the blocks that the query block sees, the others up to it, and what comes after. */
-export function strip(canvas, { pattern, blocks, query, visible }) {
+export function strip(canvas, { pattern, blocks, query, visible, dense_from: dense }) {
   const height = 56;
   const { context, width, colour } = prepare(canvas, height);
   const size = width / blocks;
@@ -33,11 +38,11 @@ export function strip(canvas, { pattern, blocks, query, visible }) {
     context.fillRect(Math.min(k * size, width - least), top, Math.max(size - gap, least), height - top);
   };
   if (gap) {
-    for (let k = 0; k < blocks; k++) block(k, colour(k <= query ? "skipped" : "later"));
+    for (let k = 0; k < blocks; k++) block(k, colour(k <= query ? unseen(dense, query) : "later"));
   } else {
     context.fillStyle = colour("later");
     context.fillRect(0, top, width, height - top);
-    context.fillStyle = colour("skipped");
+    context.fillStyle = colour(unseen(dense, query));
     context.fillRect(0, top, (query + 1) * size, height - top);
   }
   for (const k of visible) block(k, colour(kind(pattern, query, k)), LEAST);
@@ -51,13 +56,13 @@ export function strip(canvas, { pattern, blocks, query, visible }) {
 }
 
 /** The block mask: a row for each query block, the chosen one marked. */
-export function triangle(canvas, { pattern, rows }, chosen) {
+export function triangle(canvas, { pattern, rows, dense_from: dense }, chosen) {
   const largest = Math.min(canvas.clientWidth, 560);
   const size = Math.max(1, Math.floor(largest / rows.length));
   const { context, colour } = prepare(canvas, size * rows.length);
   const gap = size > 4 ? 1 : 0;
   rows.forEach((seen, q) => {
-    context.fillStyle = colour("skipped");
+    context.fillStyle = colour(unseen(dense, q));
     for (let k = 0; k <= q; k++) context.fillRect(k * size, q * size, size - gap, size - gap);
     for (const k of seen) {
       context.fillStyle = colour(kind(pattern, q, k));

@@ -6,19 +6,20 @@ import { field, memory, strip, triangle } from "./draw.js";
 import { count, percent, runs, times } from "./format.js";
 
 const SHOWN_BLOCKS = 64; // of the block mask; more are too small to tell apart
-const shown = { pattern: {}, tokens: 16_384, query: null, layers: 5, drawing: null, mask: null };
+const shown = { pattern: {}, tokens: 16_384, query: null, layers: 5, tail: 0, drawing: null, mask: null };
 let asked = null;
 
-/** Draw for the first time. `pattern`: the fields of the server's pattern, to be asked for again. */
-export async function explain(pattern, tokens) {
+/** Draw for the first time. `pattern`: the fields of the server's pattern, to be asked for again. `tail`: its dense tail. */
+export async function explain(pattern, tokens, tail = 0) {
   shown.pattern = pattern;
+  shown.tail = tail;
   if (tokens) shown.tokens = tokens;
   await update();
 }
 
 export function listen(onError) {
   const set = (field, value) => {
-    if (!Number.isInteger(value) || value < 1 - (field === "query")) return;
+    if (!Number.isInteger(value) || value < (field === "query" || field === "tail" ? 0 : 1)) return;
     if (field === "tokens") shown.query = null; // from the end of the new length
     shown[field] = value;
     update().catch(onError);
@@ -30,6 +31,7 @@ export function listen(onError) {
   pair("tokens", (step) => 2 ** step);
   pair("query");
   pair("layers");
+  byId("tail").addEventListener("input", (event) => set("tail", Number(event.target.value)));
 
   const canvas = byId("strip");
   canvas.addEventListener("keydown", (event) => {
@@ -55,7 +57,7 @@ async function update() {
   asked?.abort();
   asked = new AbortController();
   const { signal } = asked;
-  const query = { ...shown.pattern, tokens: shown.tokens, layers: shown.layers };
+  const query = { ...shown.pattern, tokens: shown.tokens, layers: shown.layers, dense_tail: shown.tail };
   try {
     const drawing = await ask("pattern", {
       query: shown.query === null ? query : { ...query, query: shown.query },
@@ -63,7 +65,7 @@ async function update() {
     });
     const most = SHOWN_BLOCKS * drawing.pattern.block_size;
     const mask =
-      shown.tokens <= most ? drawing : shown.mask?.tokens === most ? shown.mask : await ask("pattern", { query: { ...query, tokens: most }, signal });
+      shown.tokens <= most ? drawing : shown.mask?.tokens === most && shown.mask.dense_from === null ? shown.mask : await ask("pattern", { query: { ...query, tokens: most, dense_tail: 0 }, signal });
     if (signal.aborted) return;
     Object.assign(shown, { drawing, mask });
     say("drawing-error", "");
@@ -77,15 +79,19 @@ async function update() {
 }
 
 function describe(drawing) {
-  const { pattern, tokens, blocks, query, visible, density, live } = drawing;
+  const { pattern, tokens, blocks, query, visible, dense_from: dense, density, live } = drawing;
+  const read = dense !== null && query >= dense ? query + 1 : visible.length;
   const size = pattern.block_size;
   controls(drawing);
+  byId("tail").max = tokens;
+  byId("dense-row").hidden = dense === null;
   const first = query * size;
   const last = Math.min(first + size, tokens) - 1;
   say(
     "sees-text",
     `A text of ${count(tokens)} tokens is ${count(blocks)} blocks of ${count(size)}. The tokens of block ${count(query)} ` +
-      `(${count(first)} to ${count(last)}) see ${count(visible.length)} of the ${count(query + 1)} blocks up to their own: ${runs(visible)}.`,
+      `(${count(first)} to ${count(last)}) see ${count(visible.length)} of the ${count(query + 1)} blocks up to their own: ${runs(visible)}.` +
+      (read > visible.length ? ` Those among the last ${count(shown.tail)} of the text see all of them.` : ""),
   );
   const canvas = byId("strip");
   canvas.setAttribute("aria-valuemax", blocks - 1);
@@ -98,18 +104,20 @@ function describe(drawing) {
       "Each row is a block that looks back, each column a block that it may see. Ordinary attention would fill the triangle.",
   );
   fields(drawing);
-  const share = visible.length / (query + 1);
+  const share = read / (query + 1);
   const peak = Math.max(...live);
   cards(byId("savings"), [
-    ["Blocks this block reads", `${count(visible.length)} of ${count(query + 1)}`, percent(share)],
+    ["Blocks this block reads", `${count(read)} of ${count(query + 1)}`, percent(share)],
     ["Attention work, whole text", percent(density), `ordinary attention: ${times(1 / density)} as much`],
     ["Memory at its peak", percent(peak / blocks), `${count(peak)} of ${count(blocks)} blocks of KV cache`],
     ["Memory at the end", percent(live.at(-1) / blocks), `${count(live.at(-1))} of ${count(blocks)} blocks`],
   ]);
   say(
     "memory-text",
-    `KV memory of a request while its ${count(blocks)} blocks are computed, from left to right. The pattern is fixed, so it is ` +
-      `known which blocks no later token can see; they go back to the pool.`,
+    `KV memory of a request while its ${count(blocks)} blocks are computed, from left to right. ` +
+      (dense === null
+        ? "The pattern is fixed, so it is known which blocks no later token can see; they go back to the pool."
+        : "The last tokens see every block, so none goes back to the pool before the end of the text."),
   );
 }
 
@@ -124,6 +132,7 @@ function controls({ tokens, blocks, query, layers }) {
   byId("tokens-slider").setAttribute("aria-valuetext", `${count(tokens)} tokens`);
   for (const id of ["query", "query-slider"]) value(id, query, blocks - 1);
   value("layers", layers);
+  value("tail", shown.tail);
   value("layers-slider", layers);
 }
 

@@ -18,6 +18,14 @@ const SHAPE = {
   window_layers: "Layers with a window",
   window_tokens: "Tokens of that window",
 };
+const SET_BY_MODE = ["dense_layers", "dense_tail", "decode"];
+const MODES = { trained: "trained", training_free: "any checkpoint" };
+const OF_MODES = {
+  first_token: "Time to the first token",
+  decode_step: "Time of a decode step",
+  request_bytes: "KV memory of a request, decode",
+  workload: "All requests",
+};
 let choices = null;
 let tied = false;
 
@@ -42,17 +50,17 @@ export async function plan(pattern) {
 
 export function listen(onError) {
   const form = byId("plan-form");
-  const again = () => estimate().catch(onError);
+  const again = (anew) => estimate(anew).catch(onError);
   form.addEventListener("submit", (event) => {
     event.preventDefault();
-    again();
+    again(false);
   });
   form.addEventListener("change", (event) => {
     if (event.target.id === "config") return;
     if (event.target.id === "model" && event.target.value) fill(choices.models[event.target.value]);
     if (event.target.name in SHAPE) byId("model").value = "";
     gpu();
-    again();
+    again(event.target.id === "mode");
   });
   byId("config-read").addEventListener("click", () => read().catch(onError));
 }
@@ -88,13 +96,16 @@ async function read() {
   }
 }
 
-async function estimate() {
+/** `anew`: whether the mode decides on what it sets, in place of the form. */
+async function estimate(anew = false) {
   const form = byId("plan-form");
   if (!form.checkValidity()) return;
-  const { name, ...pattern } = choices.pattern;
-  const query = { ...pattern, pattern: name ?? "power", ...Object.fromEntries(new FormData(form)), tied_embeddings: tied };
+  const query = { ...choices.pattern, ...Object.fromEntries(new FormData(form)), tied_embeddings: tied };
+  if (anew) for (const name of SET_BY_MODE) delete query[name];
   try {
-    show(await ask("estimate", { query }), query);
+    const answer = await ask("estimate", { query });
+    fill(answer.served);
+    show(answer, query);
     say("plan-error", "");
   } catch (error) {
     if (error.status === undefined) throw error;
@@ -103,7 +114,7 @@ async function estimate() {
   }
 }
 
-function show({ prefill, decode, memory, workload, parameters, pattern }, query) {
+function show({ prefill, decode, memory, workload, parameters, pattern, modes, served }, query) {
   const { context, output, concurrency } = query;
   const several = Number(concurrency) > 1;
   const row = (label, dense, power, ratio, format) =>
@@ -128,10 +139,23 @@ function show({ prefill, decode, memory, workload, parameters, pattern }, query)
     row("Requests that fit", memory.fits.dense, memory.fits.power, memory.fits.dense ? memory.fits.power / memory.fits.dense : null, count),
     row(several ? `All ${count(concurrency)} requests` : "The request", workload.seconds.dense, workload.seconds.power, workload.ratio, seconds),
   );
+  byId("mode-rows").replaceChildren(
+    ...Object.entries(OF_MODES).map(([name, label]) =>
+      element("tr", {}, element("th", { scope: "row" }, label), ...Object.keys(MODES).map((mode) => element("td", {}, times(modes[mode][name])))),
+    ),
+  );
+  say("plan-served", `${MODES[served.mode]}: ${rule(served)}`);
   say("plan-caption", `${count(context)} tokens in, ${count(output)} out, ${count(concurrency)} at a time; ${pattern}`);
   const much = `${parameters < 1e8 ? `${short(parameters / 1e6)} million` : `${short(parameters / 1e9)} billion`} parameters take ${bytes(memory.weight_bytes)}, ${bytes(memory.kv_space_bytes)} are left for the KV cache.`;
   say("plan-text", `${verdict(memory.fits, workload, several)} ${much}`);
   byId("plan-result").hidden = false;
+}
+
+/** What is dense under `served`, as text. */
+function rule({ dense_layers, dense_tail, decode }) {
+  const rows = [Number(dense_tail) ? `the last ${count(dense_tail)} tokens of the prompt` : "", decode === "dense" ? "generated tokens" : ""].filter(Boolean);
+  const all = rows.length ? `${rows.join(" and ")} see every earlier token` : "every token sees the pattern";
+  return `${all}; ${count(dense_layers)} layer${Number(dense_layers) === 1 ? " stays" : "s stay"} dense.`;
 }
 
 function verdict({ dense, power }, { ratio }, several) {

@@ -10,9 +10,10 @@ async function start() {
   try {
     const info = await ask("info");
     wantKey(false);
-    const { text, ...pattern } = info.pattern ?? {};
+    const { text, name = "power", ...sizes } = info.pattern ?? {};
+    const pattern = { pattern: name, ...sizes };
     figures.live(info);
-    await Promise.all([explanation.explain(pattern, info.max_model_len), planner.plan(pattern)]);
+    await Promise.all([explanation.explain(pattern, info.max_model_len, info.options?.dense_tail), planner.plan(pattern)]);
   } catch (error) {
     fail(error);
   }
