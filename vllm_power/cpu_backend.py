@@ -19,7 +19,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from vllm_power import kv_cache, options, prompt_lengths, refusals
+from vllm_power import options, prompt_lengths, refusals
 from vllm_power.hybrid import LayerImpl
 from vllm_power.kernels.plan import Plan, VisibleBlocks, build_plan
 from vllm_power.metrics import writer
@@ -50,10 +50,6 @@ class PowerCpuBackend(CPUAttentionBackend):
     def supports_sliding_window(cls) -> bool:
         return False  # such layers use vLLM's CPU backend
 
-    @classmethod
-    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        return kv_cache.customize_spec(spec)
-
     @staticmethod
     def get_impl_cls() -> type["PowerCpuImpl"]:
         return PowerCpuImpl
@@ -82,7 +78,7 @@ class PowerCpuMetadataBuilder(CPUAttentionMetadataBuilder):
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> CPUAttentionMetadata:
         step = common_attn_metadata
-        with writer.counted(LOOKS_AHEAD):
+        with writer.counted(LOOKS_AHEAD, self.vllm_config):
             refusals.check_causal(step)
         # If no request is longer than the blocks that see everything, the plan would equal the step itself.
         if step.max_seq_len > self.visible.pattern.dense_tokens:

@@ -1,19 +1,22 @@
 """Exact reclamation: a KV block is returned to vLLM's pool when no later query of its request can see it.
 
-vLLM asks the backend for a layer's KV cache spec and looks up the manager of that spec in its registry. Our spec is a
-separate kind, neither full attention (prefix hits have holes) nor a sliding window (the holes are in the middle). The
-last query of a request is known: prompt plus max_tokens, at most max_model_len. Freed blocks keep their hash until vLLM
-reuses them, so later prompts may still find them.
+vLLM asks a layer's backend class for its KV cache spec and looks up the manager of that spec in its registry. Our spec
+is a separate kind, neither full attention (prefix hits have holes) nor a sliding window (the holes are in the middle).
+The last query of a request is known: prompt plus max_tokens, at most max_model_len. Freed blocks keep their hash until
+vLLM reuses them, so later prompts may still find them. They are reused as late as if they had been held (``eviction``).
 
 Written against vllm/v1/core/single_type_kv_cache_manager.py and vllm/v1/kv_cache_spec_registry.py.
 """
 
+import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import chain
 from typing import Any
 
 from vllm.config import VllmConfig
+from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock, resolve_block_hashes
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
@@ -21,11 +24,13 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request
 
-from vllm_power import options
+from vllm_power import compat, options
 from vllm_power.dense_requests import is_dense
+from vllm_power.eviction import Claim, EvictionOrder
 from vllm_power.lifetimes import Lifetimes, lifetimes
 from vllm_power.pattern import ENDLESS, Pattern
 from vllm_power.prefix_hashes import are_dense_request
+from vllm_power.prefix_hits import longest_hits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +73,13 @@ class PowerAttentionSpec(AttentionSpec):
         last_query = min(max(num_tokens - 2, 0) + self.lookahead_tokens, self.max_model_len - 1)
         return lifetimes(self.pattern, last_query // self.pattern.block_size)
 
+    def last_reader(self, every_row: bool) -> Sequence[int]:
+        """The last query block, up to max_model_len, that reads a block. every_row: all rows see everything."""
+        last = (self.max_model_len - 1) // self.pattern.block_size
+        if self.dense_tail or every_row:
+            return (last,) * (last + 1)  # the prompt's tail, or every row, reads all of it
+        return lifetimes(self.pattern, last).last_reader
+
     def peak_pages(self, query_block: int, num_tokens: int) -> int:
         """The most pages that a request of up to ``num_tokens`` tokens holds from ``query_block`` on.
 
@@ -108,6 +120,11 @@ class PowerAttentionManager(SingleTypeKVCacheManager):
         super().__init__(kv_cache_spec, **kwargs)
         self.prefix_caching: bool = kwargs["enable_caching"]
         self.requests: dict[str, _Request] = {}
+        # The pages that a request has returned, by their number in its table, while it runs.
+        self.returned: defaultdict[str, dict[int, Claim]] = defaultdict(dict)
+        self.order: EvictionOrder | None = None
+        if self.prefix_caching:
+            self.order = compat.order_evictions(self.block_pool, EvictionOrder)
         self.known_requests: Mapping[str, Request] = {}  # those of the scheduler, by their ids
         self.num_reclaimed = 0  # pages returned early, of all requests so far
 
@@ -119,9 +136,7 @@ class PowerAttentionManager(SingleTypeKVCacheManager):
         """Free the pages that no query from ``processed_computed_tokens`` on sees. Called before every allocation."""
         known = self.requests.get(request_id)
         if known is None:
-            # vLLM passes the Request, which knows max_tokens, to a manager only through cache_blocks, at the end of an
-            # allocation, and calls that only if this flag is set. Without prefix caching nothing else reads the flag.
-            self.enable_caching = True
+            compat.pass_request_to(self)
         elif processed_computed_tokens >= max(known.next_release, known.kept_until):
             self._release(request_id, known, processed_computed_tokens)
 
@@ -153,7 +168,8 @@ class PowerAttentionManager(SingleTypeKVCacheManager):
         needed = super().get_num_blocks_to_allocate(
             request_id,
             num_tokens,
-            new_computed_blocks,
+            new_computed_blocks
+            and self._seen_after(request_id, new_computed_blocks, num_local_computed_tokens),
             total_computed_tokens,
             num_local_computed_tokens,
             num_tokens_main_model,
@@ -167,9 +183,30 @@ class PowerAttentionManager(SingleTypeKVCacheManager):
         held = len(self.req_to_blocks.get(request_id, ())) - known.num_null
         return min(needed, max(peak - held, 0))
 
+    def add_local_computed_blocks(
+        self,
+        request_id: str,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        num_local_computed_tokens: int,
+        num_external_computed_tokens: int,
+    ) -> None:
+        """As vLLM's, but the request holds only those pages of its hit that a query after it can see."""
+        seen = self._seen_after(request_id, new_computed_blocks, num_local_computed_tokens)
+        for number, (page, kept) in enumerate(zip(new_computed_blocks, seen, strict=True)):
+            if kept.is_null and not page.is_null:
+                self._claim(request_id, number, page)
+        super().add_local_computed_blocks(
+            request_id, seen, num_local_computed_tokens, num_external_computed_tokens
+        )
+
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        """As vLLM's, with all pages that the request returned and that were not reused since: one order for all."""
         self.requests.pop(request_id, None)
-        return super().pop_blocks_for_free(request_id)
+        pages = super().pop_blocks_for_free(request_id)
+        if self.order is not None:
+            for number, claim in self.returned.pop(request_id, {}).items():
+                pages[number] = self.order.hold_again(claim) or self._null_block
+        return pages
 
     @classmethod
     def find_longest_cache_hit(
@@ -186,45 +223,26 @@ class PowerAttentionManager(SingleTypeKVCacheManager):
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
         """The longest prefix whose pages are all cached, as far as a query after it (up to max_model_len) can see them.
 
-        A missing page of block b rules out the hits that end after it while later queries still read b, but not longer
-        hits. Pages that no query after the hit sees are null in the result.
+        The result also has the cached pages that no query after the hit sees; pages that are not cached are null.
         """
-        spec = kv_cache_spec
-        page_size, pages_per_block = spec.block_size, spec.pages_per_block
         block_hashes = resolve_block_hashes(
             block_hashes,
             block_pool.hash_block_size,
-            page_size,
+            kv_cache_spec.block_size,
             supports_fine_grained_hash_lookup=cls.supports_fine_grained_hash_lookup,
             alignment_tokens=alignment_tokens,
         )
-        last = (spec.max_model_len - 1) // spec.pattern.block_size
-        last_reader = lifetimes(spec.pattern, last).last_reader
-        if spec.dense_tail or are_dense_request(block_hashes):
-            last_reader = (last,) * len(last_reader)  # the prompt's tail, or every row, reads all of it
-        num_pages = min(max_length // page_size, len(block_hashes))
-        cached: list[Sequence[KVCacheBlock] | None] = []
-        hits = [0, 0]  # in pages: the longest so far and the one before it
-        ruled_out = 0  # hits of fewer pages than this are ruled out by a missing page
-        for length in range(1, num_pages + 1):
-            pages = block_pool.get_cached_block(block_hashes[length - 1], kv_cache_group_ids)
-            cached.append(pages)
-            if pages is None:
-                ruled_out = max(
-                    ruled_out, (last_reader[(length - 1) // pages_per_block] + 1) * pages_per_block
-                )
-                if ruled_out > num_pages:
-                    break
-            if length >= ruled_out and length * page_size % alignment_tokens == 0:
-                hits = [length, hits[0]]
-        hit = hits[1] if drop_eagle_block else hits[0]
-        query_block = hit // pages_per_block
-        needed = [
-            pages if last_reader[page // pages_per_block] >= query_block else None
-            for page, pages in enumerate(cached[:hit])
-        ]
+        page_size = kv_cache_spec.block_size
+        cached, longest, before = longest_hits(
+            lambda page: block_pool.get_cached_block(block_hashes[page], kv_cache_group_ids),
+            min(max_length // page_size, len(block_hashes)),
+            kv_cache_spec.last_reader(are_dense_request(block_hashes)),
+            kv_cache_spec.pages_per_block,
+            alignment_tokens // math.gcd(alignment_tokens, page_size),
+        )
+        hit = before if drop_eagle_block else longest
         return tuple(
-            [pages[group] if pages else block_pool.null_block for pages in needed]
+            [pages[group] if pages else block_pool.null_block for pages in cached[:hit]]
             for group in range(len(kv_cache_group_ids))
         ), hit * page_size
 
@@ -253,6 +271,22 @@ class PowerAttentionManager(SingleTypeKVCacheManager):
         self.enable_caching = self.prefix_caching
         return met
 
+    def _seen_after(
+        self, request_id: str, pages: Sequence[KVCacheBlock], num_tokens: int
+    ) -> list[KVCacheBlock]:
+        """The pages of a hit of ``num_tokens`` tokens, null for those that no query after it can see."""
+        query_block = num_tokens // self.kv_cache_spec.pattern.block_size
+        last_reader = self.kv_cache_spec.last_reader(self._keeps_all(request_id))
+        pages_per_block = self.kv_cache_spec.pages_per_block
+        return [
+            page if last_reader[number // pages_per_block] >= query_block else self._null_block
+            for number, page in enumerate(pages)
+        ]
+
+    def _claim(self, request_id: str, number: int, page: KVCacheBlock) -> None:
+        if self.order is not None and page.block_hash is not None:
+            self.returned[request_id][number] = self.order.claim(page)
+
     def _release(self, request_id: str, request: _Request, settled_tokens: int) -> None:
         """Free the blocks that died since the last call."""
         block_size = self.kv_cache_spec.pattern.block_size
@@ -264,6 +298,7 @@ class PowerAttentionManager(SingleTypeKVCacheManager):
         for dead in chain.from_iterable(lives.dying_after[request.query_block : query_block]):
             for page in range(dead * pages_per_block, min((dead + 1) * pages_per_block, len(pages))):
                 if not pages[page].is_null:
+                    self._claim(request_id, page, pages[page])
                     freed.append(pages[page])
                     pages[page] = self._null_block
         self.block_pool.free_blocks(freed)
@@ -279,44 +314,9 @@ KVCacheSpecRegistry.register(
 )
 
 
-# vLLM calls a backend's customize_spec without the configuration, in the process that has built the layers. These are
-# the fields of our spec in addition to vLLM's; None if reclamation is off.
-_settings: dict[str, Any] | None = None
-
-
-def configure(vllm_config: VllmConfig) -> None:
-    """Set what :func:`customize_spec` will put into a layer's spec. Called when the layer is built."""
-    global _settings
-    if vllm_config.model_config.runner_type == "draft":
-        return  # the settings of the target model apply to its draft model
-    _settings = None
-    if why_not(vllm_config) is None:
-        asked = options.of_config(vllm_config)
-        _settings = {
-            "pattern": asked.effective_pattern,
-            "max_model_len": vllm_config.model_config.max_model_len,
-            "max_in_flight_tokens": vllm_config.max_in_flight_tokens,
-            "lookahead_tokens": vllm_config.num_speculative_tokens + vllm_config.num_lookahead_tokens,
-            "dense_tail": asked.dense_tail,
-            "dense_requests": asked.dense_requests,
-        }
-
-
-# The model whose layers must keep all blocks, and why.
-_kept: tuple[Any, str] | None = None
-
-
-def keep_everything(vllm_config: VllmConfig, reason: str) -> None:
-    """Disable reclamation for ``reason``. Called when the layers are built, before vLLM asks for their specs."""
-    global _settings, _kept
-    _settings, _kept = None, (vllm_config.model_config, reason)
-
-
 def why_not(vllm_config: VllmConfig) -> str | None:
     """Why this configuration does not return blocks early; None if it does."""
     asked = options.of_config(vllm_config)
-    if _kept is not None and _kept[0] is vllm_config.model_config:
-        return _kept[1]
     if not asked.reclaim:
         return "the option reclaim is false"
     if vllm_config.kv_transfer_config is not None:
@@ -330,9 +330,31 @@ def why_not(vllm_config: VllmConfig) -> str | None:
     return None
 
 
-def customize_spec(spec: AttentionSpec) -> AttentionSpec:
-    """The spec of a layer that runs the pattern: ours instead of full attention if reclamation is on."""
-    if _settings is None or type(spec) is not FullAttentionSpec:
+def reclaiming_backend(backend: type[AttentionBackend], vllm_config: VllmConfig) -> type[AttentionBackend]:
+    """``backend`` for the layers of one engine that reclaims.
+
+    vLLM asks a layer's backend class for the layer's spec, without the configuration. So each engine has a class of its
+    own, by the same name: vLLM groups layers by it.
+    """
+
+    def customize_spec(cls: type[AttentionBackend], spec: AttentionSpec) -> AttentionSpec:
+        return reclaiming_spec(spec, vllm_config)
+
+    names = {"__module__": backend.__module__, "__qualname__": backend.__qualname__}
+    return type(backend.__name__, (backend,), {"customize_spec": classmethod(customize_spec), **names})
+
+
+def reclaiming_spec(spec: AttentionSpec, vllm_config: VllmConfig) -> AttentionSpec:
+    """The spec of a layer that runs the pattern: ours instead of full attention."""
+    if type(spec) is not FullAttentionSpec:
         return spec
-    shared = {field.name: getattr(spec, field.name) for field in fields(AttentionSpec)}
-    return PowerAttentionSpec(**shared, **_settings)
+    asked = options.of_config(vllm_config)
+    return PowerAttentionSpec(
+        **{field.name: getattr(spec, field.name) for field in fields(AttentionSpec)},
+        pattern=asked.effective_pattern,
+        max_model_len=vllm_config.model_config.max_model_len,
+        max_in_flight_tokens=vllm_config.max_in_flight_tokens,
+        lookahead_tokens=vllm_config.num_speculative_tokens + vllm_config.num_lookahead_tokens,
+        dense_tail=asked.dense_tail,
+        dense_requests=asked.dense_requests,
+    )
