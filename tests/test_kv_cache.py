@@ -12,52 +12,26 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from vllm import SamplingParams
-from vllm.utils.hashing import sha256
-from vllm.v1.core.kv_cache_manager import KVCacheManager
-from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
+from support.kv_manager import (
+    BLOCK,
+    CHUNK,
+    DRAFTS,
+    FULL,
+    MAX_LEN,
+    PAGE,
+    POOL,
+    make_manager,
+    make_request,
+    make_spec,
+)
+from vllm.v1.kv_cache_interface import SlidingWindowSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_power import compat
-from vllm_power.kv_cache import PowerAttentionManager, PowerAttentionSpec, kernel_pages
+from vllm_power.kv_cache import PowerAttentionManager, PowerAttentionSpec
 from vllm_power.lifetimes import lifetimes
 from vllm_power.pattern import Pattern, preset
-
-BLOCK, PAGE, MAX_LEN, POOL = 32, 16, 1024, 90
-CHUNK, DRAFTS = 96, 3
-init_none_hash(sha256)
-
-
-def make_spec(name="power", max_in_flight=2 * CHUNK, lookahead=DRAFTS, page=PAGE) -> PowerAttentionSpec:
-    return PowerAttentionSpec(
-        block_size=page,
-        num_kv_heads=1,
-        head_size=64,
-        dtype=torch.float32,
-        pattern=preset(name, block_size=BLOCK, **({"window_blocks": 2} if name == "power" else {})),
-        max_model_len=MAX_LEN,
-        max_in_flight_tokens=max_in_flight,
-        lookahead_tokens=lookahead,
-    )
-
-
-def make_manager(*specs, num_pages=POOL, caching=True) -> KVCacheManager:
-    groups = [KVCacheGroupSpec([f"layer.{number}"], spec) for number, spec in enumerate(specs)]
-    config = KVCacheConfig(num_pages, [], groups)
-    page = specs[0].block_size
-    return KVCacheManager(config, MAX_LEN, page, page, max_in_flight_tokens=2 * CHUNK, enable_caching=caching)
-
-
-def make_request(name, prompt, max_tokens, page=PAGE) -> Request:
-    hasher = get_request_block_hasher(page, sha256)
-    return Request(
-        name, prompt, SamplingParams(max_tokens=max_tokens, ignore_eos=True), None, block_hasher=hasher
-    )
-
-
-FULL = FullAttentionSpec(block_size=PAGE, num_kv_heads=1, head_size=64, dtype=torch.float32)
 
 
 class Worker:
@@ -373,7 +347,6 @@ def test_pages_and_blocks(page):
 
 
 def test_kernels_see_pages_that_divide_the_block():
-    assert kernel_pages((16, 32, 64, 128), make_spec(page=48)) == [16, 32]
 
 
 def test_kv_events_name_the_kind_of_our_blocks():

@@ -4,9 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 from vllm_power import kv_cache
+from vllm_power.cpu_backend import PowerCpuBackend
 from vllm_power.kv_cache import PowerAttentionSpec
 
 MAX_LEN = 1024
@@ -40,21 +41,39 @@ def config_with(**fields):
     ],
     ids=["on", "option", "connector", "hybrid_off", "full", "decode", "training_free"],
 )
-def test_where_it_can_not_apply_the_spec_stays_and_says_why(fields, reason):
+def test_where_it_cannot_apply_it_says_why(fields, reason):
     config = config_with(**fields)
     why = kv_cache.why_not(config)
     assert (why is None) if reason is None else (reason in why)
-    kv_cache.configure(config)
+
+
+def test_the_spec_of_a_layer_that_reclaims():
     full = FullAttentionSpec(block_size=256, num_kv_heads=2, head_size=64, dtype=torch.float32)
-    spec = kv_cache.customize_spec(full)
-    assert isinstance(spec, PowerAttentionSpec) is (reason is None)
+    spec = kv_cache.reclaiming_spec(full, config_with())
+    assert isinstance(spec, PowerAttentionSpec)
+    assert spec.max_model_len == MAX_LEN
     assert spec.page_size_bytes == full.page_size_bytes
+    window = SlidingWindowSpec(
+        block_size=256, num_kv_heads=2, head_size=64, dtype=torch.float32, sliding_window=512
+    )
+    assert kv_cache.reclaiming_spec(window, config_with()) is window
 
 
-def test_a_draft_model_leaves_the_targets_settings_alone():
-    kv_cache.configure(config_with())
-    draft = config_with()
-    draft.model_config.runner_type, draft.model_config.max_model_len = "draft", 64
-    kv_cache.configure(draft)
+def test_two_engines_of_a_process_keep_their_patterns():
+    """Both are built before vLLM asks for the specs of the first: no state outside the configurations."""
     full = FullAttentionSpec(block_size=256, num_kv_heads=2, head_size=64, dtype=torch.float32)
-    assert kv_cache.customize_spec(full).max_model_len == MAX_LEN
+    configs = [config_with(power={"window_blocks": window}) for window in (2, 7)]
+    backends = [kv_cache.backend_of_engine(PowerCpuBackend, config, True) for config in configs]
+    windows = [backend.customize_spec(full).pattern.window_blocks for backend in backends]
+    assert windows == [2, 7]
+    assert PowerCpuBackend.customize_spec(full) is full
+    assert backends[0].full_cls_name() == PowerCpuBackend.full_cls_name()  # vLLM groups layers by it
+
+
+@pytest.mark.parametrize("reclaims", [True, False])
+def test_the_kernels_pages_divide_the_block(reclaims):
+    config = config_with(power={"block_size": 64})
+    found = kv_cache.backend_of_engine(PowerCpuBackend, config, reclaims)
+    assert found.get_supported_kernel_block_sizes() == [32, 64]
+    full = FullAttentionSpec(block_size=64, num_kv_heads=2, head_size=64, dtype=torch.float32)
+    assert isinstance(found.customize_spec(full), PowerAttentionSpec) == reclaims

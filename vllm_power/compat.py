@@ -70,6 +70,31 @@ def extend_scheduler(vllm_config: "VllmConfig", *extensions: type) -> None:
         config.get_scheduler_cls = lambda: extended
 
 
+def pass_request_to(manager: Any) -> None:
+    """Make vLLM pass the Request that it is about to allocate for to ``manager.cache_blocks``, even without prefix
+    caching. The manager sets ``enable_caching`` back when it has the request, because the call costs time in each step.
+
+    Why: a request knows when its last query runs. The methods that allocate and free pages get only its id, and the
+    coordinator skips ``cache_blocks`` of a manager without prefix caching (v1/core/kv_cache_coordinator.py).
+    Symptom: without prefix caching, every request counts as one of max_model_len tokens, and more pages stay live.
+    Remove when: ``remove_skipped_blocks`` or ``allocate_new_blocks`` gets the Request.
+    """
+    manager.enable_caching = True
+
+
+def order_evictions(pool: Any, order: type) -> Any:
+    """Replace the queue of free pages of ``pool`` by an ``order``, a subclass of its class; returns the queue.
+
+    Why: vLLM reuses pages in the order in which they were freed, and a plugin cannot give a freed page another place
+    (v1/core/block_pool.py). Pages that were returned early would be reused before older conversations.
+    Symptom: the next turn of a chat finds fewer cached tokens with reclamation than without.
+    Remove when: ``BlockPool.free_blocks`` takes a priority.
+    """
+    if not isinstance(pool.free_block_queue, order):
+        pool.free_block_queue = order(pool.free_block_queue)
+    return pool.free_block_queue
+
+
 def tell_kv_cache_kind(spec: type) -> None:
     """Make vLLM's KV events and cache metadata report the blocks of ``spec`` as "full_attention".
 

@@ -19,7 +19,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from vllm_power import kv_cache, options, prompt_lengths, refusals
+from vllm_power import options, prompt_lengths, refusals
 from vllm_power.hybrid import LayerImpl
 from vllm_power.kernels.plan import Plan, VisibleBlocks, build_plan
 from vllm_power.metrics import writer
@@ -52,11 +52,7 @@ class PowerCpuBackend(CPUAttentionBackend):
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: object = None) -> list[int | MultipleOf]:
-        return [*kv_cache.kernel_pages(refusals.CPU_PAGES, kv_cache_spec)]
-
-    @classmethod
-    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        return kv_cache.customize_spec(spec)
+        return [*refusals.CPU_PAGES]
 
     @staticmethod
     def get_impl_cls() -> type["PowerCpuImpl"]:
@@ -86,7 +82,7 @@ class PowerCpuMetadataBuilder(CPUAttentionMetadataBuilder):
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> CPUAttentionMetadata:
         step = common_attn_metadata
-        with writer.counted(LOOKS_AHEAD):
+        with writer.counted(LOOKS_AHEAD, self.vllm_config):
             refusals.check_causal(step)
         # If no request is longer than the blocks that see everything, the plan would equal the step itself.
         if step.max_seq_len > self.visible.pattern.dense_tokens:

@@ -31,7 +31,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.utils import get_num_attention_heads_from_layers, split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec, is_quantized_kv_cache
 
-from vllm_power import buffers, executors, kv_cache, options, prompt_lengths, refusals
+from vllm_power import buffers, executors, options, prompt_lengths, refusals
 from vllm_power.executors import LayerCall, Part, PowerMetadata
 from vllm_power.hybrid import LayerImpl
 from vllm_power.kernels.kv_layout import split_cache
@@ -62,10 +62,6 @@ class PowerBackend(AttentionBackend):
     def get_name() -> str:
         return NAME
 
-    @classmethod
-    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        return kv_cache.customize_spec(spec)
-
     @staticmethod
     def get_impl_cls() -> type["PowerImpl"]:
         return PowerImpl
@@ -76,7 +72,7 @@ class PowerBackend(AttentionBackend):
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: object = None) -> list[int | MultipleOf]:
-        return [*kv_cache.kernel_pages(refusals.GPU_PAGES, kv_cache_spec)]
+        return [*refusals.GPU_PAGES]
 
     @classmethod
     def get_preferred_block_size(cls, default_block_size: int) -> int:
@@ -163,7 +159,7 @@ class PowerMetadataBuilder(AttentionMetadataBuilder[PowerMetadata]):
         Raises NotImplementedError for a step that attends to later tokens.
         """
         step = common_attn_metadata
-        with writer.counted(LOOKS_AHEAD):
+        with writer.counted(LOOKS_AHEAD, self.vllm_config):
             refusals.check_causal(step)
         num_decodes, num_prefills, decode_tokens, prefill_tokens = split_decodes_and_prefills(
             step, self.decode_len

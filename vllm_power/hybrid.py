@@ -20,7 +20,7 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.attention.selector import AttentionSelectorConfig
 
-from vllm_power import compat, kv_cache, refusals
+from vllm_power import compat, refusals
 from vllm_power.layers import stays_dense
 
 
@@ -38,7 +38,6 @@ class LayerImpl:
         """Record the arguments of ``__init__``, in vLLM's order. Call this first in ``__init__``."""
         self.vllm_config = get_current_vllm_config()
         self.arguments, self.extra_arguments = arguments, extra
-        kv_cache.configure(self.vllm_config)
         compat.tell_prompt_lengths()
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:

@@ -1,25 +1,27 @@
 """Exact reclamation: a page is returned to vLLM's pool when no later query of its request can see a block in it.
 
 A page may be smaller or larger than a block, and need not divide it: vLLM enlarges the pages of hybrid models to the
-size of a Mamba state, and the kernels then see each page as several of their own (``kernel_pages``).
+size of a Mamba state, and the kernels then see each page as several of their own.
 
-vLLM asks the backend for a layer's KV cache spec and looks up the manager of that spec in its registry. Our spec is a
-separate kind, neither full attention (prefix hits have holes) nor a sliding window (the holes are in the middle). The
-last query of a request is known: prompt plus max_tokens, at most max_model_len. Freed blocks keep their hash until vLLM
-reuses them, so later prompts may still find them.
+vLLM asks a layer's backend class for its KV cache spec and looks up the manager of that spec in its registry. Our spec
+is a separate kind, neither full attention (prefix hits have holes) nor a sliding window (the holes are in the middle).
+The last query of a request is known: prompt plus max_tokens, at most max_model_len. Freed blocks keep their hash until
+vLLM reuses them, so later prompts may still find them. They are reused as late as if they had been held (``eviction``).
 
 Written against vllm/v1/core/single_type_kv_cache_manager.py and vllm/v1/kv_cache_spec_registry.py.
 """
 
+import math
 from array import array
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from itertools import chain
-from math import gcd
 from typing import Any
 
 from vllm.config import VllmConfig
+from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock, resolve_block_hashes
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
@@ -27,11 +29,13 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request
 
-from vllm_power import options
+from vllm_power import compat, options
 from vllm_power.dense_requests import is_dense
+from vllm_power.eviction import Claim, EvictionOrder
 from vllm_power.lifetimes import Lifetimes, lifetimes
 from vllm_power.pattern import ENDLESS, Pattern
 from vllm_power.prefix_hashes import are_dense_request
+from vllm_power.prefix_hits import longest_hits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,20 +65,16 @@ class PowerAttentionSpec(AttentionSpec):
     def most_pages_per_block(self) -> int:
         """The most pages that one block touches."""
         block_size = self.pattern.block_size
-        return 1 + -(-(block_size - gcd(block_size, self.block_size)) // self.block_size)
+        return 1 + -(-(block_size - math.gcd(block_size, self.block_size)) // self.block_size)
 
     def pages_of(self, block: int) -> range:
         """The pages that hold tokens of ``block``."""
         block_size = self.pattern.block_size
         return range(block * block_size // self.block_size, -(-(block + 1) * block_size // self.block_size))
 
-    def blocks_of(self, page: int) -> range:
-        """The blocks of which ``page`` holds tokens."""
-        return _blocks_of(page, self.block_size, self.pattern.block_size)
-
     def last_reader(self, page: int, last: int) -> int:
         """The last query block up to ``last`` that reads ``page``, which holds no block after ``last`` alone."""
-        blocks = self.blocks_of(page)
+        blocks = _blocks_of(page, self.block_size, self.pattern.block_size)
         return max(
             self.pattern.last_reader(block, last) for block in range(blocks.start, min(blocks.stop, last + 1))
         )
@@ -84,6 +84,15 @@ class PowerAttentionSpec(AttentionSpec):
         # The last sampled token never becomes a query.
         last_query = min(max(num_tokens - 2, 0) + self.lookahead_tokens, self.max_model_len - 1)
         return lifetimes(self.pattern, last_query // self.pattern.block_size)
+
+    def needed_until(self, every_row: bool) -> Sequence[int]:
+        """For each page of max_model_len tokens: a prefix hit of fewer pages than this needs it.
+
+        every_row: all rows see everything.
+        """
+        # The prompt's tail, or every row, reads all of it.
+        reads_all = bool(self.dense_tail) or every_row
+        return _needed_until(self.pattern, self.max_model_len, self.block_size, reads_all)
 
     def peak_pages(self, query_block: int, num_tokens: int) -> int:
         """The most pages that a request of up to ``num_tokens`` tokens holds from ``query_block`` on.
@@ -125,6 +134,11 @@ class PowerAttentionManager(SingleTypeKVCacheManager):
         super().__init__(kv_cache_spec, **kwargs)
         self.prefix_caching: bool = kwargs["enable_caching"]
         self.requests: dict[str, _Request] = {}
+        # The pages that a request has returned, by their number in its table, while it runs.
+        self.returned: defaultdict[str, dict[int, Claim]] = defaultdict(dict)
+        self.order: EvictionOrder | None = None
+        if self.prefix_caching:
+            self.order = compat.order_evictions(self.block_pool, EvictionOrder)
         self.known_requests: Mapping[str, Request] = {}  # those of the scheduler, by their ids
         self.num_reclaimed = 0  # pages returned early, of all requests so far
 
@@ -136,9 +150,7 @@ class PowerAttentionManager(SingleTypeKVCacheManager):
         """Free the pages that no query from ``processed_computed_tokens`` on sees. Called before every allocation."""
         known = self.requests.get(request_id)
         if known is None:
-            # vLLM passes the Request, which knows max_tokens, to a manager only through cache_blocks, at the end of an
-            # allocation, and calls that only if this flag is set. Without prefix caching nothing else reads the flag.
-            self.enable_caching = True
+            compat.pass_request_to(self)
         elif processed_computed_tokens >= max(known.next_release, known.kept_until):
             self._release(request_id, known, processed_computed_tokens)
 
@@ -170,7 +182,8 @@ class PowerAttentionManager(SingleTypeKVCacheManager):
         needed = super().get_num_blocks_to_allocate(
             request_id,
             num_tokens,
-            new_computed_blocks,
+            new_computed_blocks
+            and self._seen_after(request_id, new_computed_blocks, num_local_computed_tokens),
             total_computed_tokens,
             num_local_computed_tokens,
             num_tokens_main_model,
@@ -184,9 +197,30 @@ class PowerAttentionManager(SingleTypeKVCacheManager):
         held = len(self.req_to_blocks.get(request_id, ())) - known.num_null
         return min(needed, max(peak - held, 0))
 
+    def add_local_computed_blocks(
+        self,
+        request_id: str,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        num_local_computed_tokens: int,
+        num_external_computed_tokens: int,
+    ) -> None:
+        """As vLLM's, but the request holds only those pages of its hit that a query after it can see."""
+        seen = self._seen_after(request_id, new_computed_blocks, num_local_computed_tokens)
+        for number, (page, kept) in enumerate(zip(new_computed_blocks, seen, strict=True)):
+            if kept.is_null and not page.is_null:
+                self._claim(request_id, number, page)
+        super().add_local_computed_blocks(
+            request_id, seen, num_local_computed_tokens, num_external_computed_tokens
+        )
+
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        """As vLLM's, with all pages that the request returned and that were not reused since: one order for all."""
         self.requests.pop(request_id, None)
-        return super().pop_blocks_for_free(request_id)
+        pages = super().pop_blocks_for_free(request_id)
+        if self.order is not None:
+            for number, claim in self.returned.pop(request_id, {}).items():
+                pages[number] = self.order.hold_again(claim) or self._null_block
+        return pages
 
     @classmethod
     def find_longest_cache_hit(
@@ -203,42 +237,25 @@ class PowerAttentionManager(SingleTypeKVCacheManager):
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
         """The longest prefix whose pages are all cached, as far as a query after it (up to max_model_len) can see them.
 
-        A missing page rules out the hits that end after it while later queries still read it, but not longer hits.
-        Pages that no query after the hit sees are null in the result.
+        The result also has the cached pages that no query after the hit sees; pages that are not cached are null.
         """
-        spec = kv_cache_spec
-        page_size, block_size = spec.block_size, spec.pattern.block_size
         block_hashes = resolve_block_hashes(
             block_hashes,
             block_pool.hash_block_size,
-            page_size,
+            kv_cache_spec.block_size,
             supports_fine_grained_hash_lookup=cls.supports_fine_grained_hash_lookup,
             alignment_tokens=alignment_tokens,
         )
-        # The prompt's tail, or every row of a dense request, reads all of it.
-        reads_all = bool(spec.dense_tail) or are_dense_request(block_hashes)
-        last_reader = _last_readers(spec.pattern, spec.max_model_len, page_size, reads_all)
-        num_pages = min(max_length // page_size, len(block_hashes))
-        cached: list[Sequence[KVCacheBlock] | None] = []
-        hits = [0, 0]  # in pages: the longest so far and the one before it
-        ruled_out = 0  # hits of fewer pages than this are ruled out by a missing page
-        for length in range(1, num_pages + 1):
-            pages = block_pool.get_cached_block(block_hashes[length - 1], kv_cache_group_ids)
-            cached.append(pages)
-            if pages is None:
-                ruled_out = max(ruled_out, -(-(last_reader[length - 1] + 1) * block_size // page_size))
-                if ruled_out > num_pages:
-                    break
-            if length >= ruled_out and length * page_size % alignment_tokens == 0:
-                hits = [length, hits[0]]
-        hit = hits[1] if drop_eagle_block else hits[0]
-        query_block = hit * page_size // block_size
-        needed = [
-            pages if reader >= query_block else None
-            for pages, reader in zip(cached[:hit], last_reader, strict=False)
-        ]
+        page_size = kv_cache_spec.block_size
+        cached, longest, before = longest_hits(
+            lambda page: block_pool.get_cached_block(block_hashes[page], kv_cache_group_ids),
+            min(max_length // page_size, len(block_hashes)),
+            kv_cache_spec.needed_until(are_dense_request(block_hashes)),
+            alignment_tokens // math.gcd(alignment_tokens, page_size),
+        )
+        hit = before if drop_eagle_block else longest
         return tuple(
-            [pages[group] if pages else block_pool.null_block for pages in needed]
+            [pages[group] if pages else block_pool.null_block for pages in cached[:hit]]
             for group in range(len(kv_cache_group_ids))
         ), hit * page_size
 
@@ -267,6 +284,20 @@ class PowerAttentionManager(SingleTypeKVCacheManager):
         self.enable_caching = self.prefix_caching
         return met
 
+    def _seen_after(
+        self, request_id: str, pages: Sequence[KVCacheBlock], num_tokens: int
+    ) -> list[KVCacheBlock]:
+        """The pages of a hit of ``num_tokens`` tokens, null for those that no query after it can see."""
+        needed_until = self.kv_cache_spec.needed_until(self._keeps_all(request_id))
+        return [
+            page if until * self.block_size > num_tokens else self._null_block
+            for page, until in zip(pages, needed_until, strict=False)
+        ]
+
+    def _claim(self, request_id: str, number: int, page: KVCacheBlock) -> None:
+        if self.order is not None and page.block_hash is not None:
+            self.returned[request_id][number] = self.order.claim(page)
+
     def _release(self, request_id: str, request: _Request, settled_tokens: int) -> None:
         """Free the pages whose last block died since the last call."""
         spec = self.kv_cache_spec
@@ -281,6 +312,7 @@ class PowerAttentionManager(SingleTypeKVCacheManager):
                 if page >= len(pages) or pages[page].is_null:
                     continue
                 if holds_one_block or spec.last_reader(page, lives.last) < query_block:
+                    self._claim(request_id, page, pages[page])
                     freed.append(pages[page])
                     pages[page] = self._null_block
         self.block_pool.free_blocks(freed)
@@ -295,19 +327,19 @@ def _blocks_of(page: int, page_size: int, block_size: int) -> range:
 
 
 @lru_cache(maxsize=8)  # two per engine of the process
-def _last_readers(pattern: Pattern, max_model_len: int, page_size: int, reads_all: bool) -> Sequence[int]:
-    """The last query block that reads each page of a request of ``max_model_len`` tokens."""
-    last, num_pages = (max_model_len - 1) // pattern.block_size, -(-max_model_len // page_size)
+def _needed_until(pattern: Pattern, max_model_len: int, page_size: int, reads_all: bool) -> Sequence[int]:
+    """:meth:`PowerAttentionSpec.needed_until`, int32."""
+    block_size = pattern.block_size
+    last, num_pages = (max_model_len - 1) // block_size, -(-max_model_len // page_size)
+
+    def pages_until(reader: int) -> int:
+        return -(-(reader + 1) * block_size // page_size)
+
     if reads_all:
-        return array("i", [last]) * num_pages
+        return array("i", [pages_until(last)]) * num_pages
     of_blocks = lifetimes(pattern, last).last_reader
-    return array(
-        "i",
-        (
-            max(of_blocks[blocks.start : blocks.stop])
-            for blocks in (_blocks_of(page, page_size, pattern.block_size) for page in range(num_pages))
-        ),
-    )
+    touched = (_blocks_of(page, page_size, block_size) for page in range(num_pages))
+    return array("i", (pages_until(max(of_blocks[blocks.start : blocks.stop])) for blocks in touched))
 
 
 KVCacheSpecRegistry._ensure_registered()  # otherwise the registry would never get vLLM's own specs
@@ -316,46 +348,9 @@ KVCacheSpecRegistry.register(
 )
 
 
-# vLLM calls a backend's customize_spec without the configuration, in the process that has built the layers. These are
-# the fields of our spec in addition to vLLM's; None if reclamation is off.
-_settings: dict[str, Any] | None = None
-# The pattern's block of the same layers; None before any was built.
-_block_size: int | None = None
-
-
-def configure(vllm_config: VllmConfig) -> None:
-    """Set what :func:`customize_spec` and :func:`kernel_pages` return. Called when a layer is built."""
-    global _settings, _block_size
-    if vllm_config.model_config.runner_type == "draft":
-        return  # the settings of the target model apply to its draft model
-    _settings, _block_size = None, options.of_config(vllm_config).effective_pattern.block_size
-    if why_not(vllm_config) is None:
-        asked = options.of_config(vllm_config)
-        _settings = {
-            "pattern": asked.effective_pattern,
-            "max_model_len": vllm_config.model_config.max_model_len,
-            "max_in_flight_tokens": vllm_config.max_in_flight_tokens,
-            "lookahead_tokens": vllm_config.num_speculative_tokens + vllm_config.num_lookahead_tokens,
-            "dense_tail": asked.dense_tail,
-            "dense_requests": asked.dense_requests,
-        }
-
-
-# The model whose layers must keep all blocks, and why.
-_kept: tuple[Any, str] | None = None
-
-
-def keep_everything(vllm_config: VllmConfig, reason: str) -> None:
-    """Disable reclamation for ``reason``. Called when the layers are built, before vLLM asks for their specs."""
-    global _settings, _kept
-    _settings, _kept = None, (vllm_config.model_config, reason)
-
-
 def why_not(vllm_config: VllmConfig) -> str | None:
     """Why this configuration does not return blocks early; None if it does."""
     asked = options.of_config(vllm_config)
-    if _kept is not None and _kept[0] is vllm_config.model_config:
-        return _kept[1]
     if not asked.reclaim:
         return "the option reclaim is false"
     if vllm_config.kv_transfer_config is not None:
@@ -369,18 +364,44 @@ def why_not(vllm_config: VllmConfig) -> str | None:
     return None
 
 
-def customize_spec(spec: AttentionSpec) -> AttentionSpec:
-    """The spec of a layer that runs the pattern: ours instead of full attention if reclamation is on."""
-    if _settings is None or type(spec) is not FullAttentionSpec:
-        return spec
-    shared = {field.name: getattr(spec, field.name) for field in fields(AttentionSpec)}
-    return PowerAttentionSpec(**shared, **_settings)
+def backend_of_engine(
+    backend: type[AttentionBackend], vllm_config: VllmConfig, reclaims: bool
+) -> type[AttentionBackend]:
+    """``backend`` for the layers of one engine that run the pattern.
 
-
-def kernel_pages(supported: Sequence[int], spec: object = None) -> list[int]:
-    """The pages of ``supported`` that divide the pattern's block. vLLM splits its own pages into the largest that fits.
-
-    spec: the layer's KV cache spec, if vLLM passes one.
+    vLLM asks a layer's backend class for the layer's spec and the kernels' pages, without the configuration. So each
+    engine has a class of its own, by the same name: vLLM groups layers by it.
     """
-    block_size = spec.pattern.block_size if isinstance(spec, PowerAttentionSpec) else _block_size
-    return [size for size in supported if block_size is None or block_size % size == 0]
+    block_size = options.of_config(vllm_config).effective_pattern.block_size
+    # vLLM splits its own pages into the largest of these that fits.
+    fitting = [size for size in backend.get_supported_kernel_block_sizes() if block_size % size == 0]
+
+    def customize_spec(cls: type[AttentionBackend], spec: AttentionSpec) -> AttentionSpec:
+        return reclaiming_spec(spec, vllm_config) if reclaims else spec
+
+    def get_supported_kernel_block_sizes(kv_cache_spec: object = None) -> list[int]:
+        return fitting
+
+    ours = {
+        "customize_spec": classmethod(customize_spec),
+        "get_supported_kernel_block_sizes": staticmethod(get_supported_kernel_block_sizes),
+        "__module__": backend.__module__,
+        "__qualname__": backend.__qualname__,
+    }
+    return type(backend.__name__, (backend,), ours)
+
+
+def reclaiming_spec(spec: AttentionSpec, vllm_config: VllmConfig) -> AttentionSpec:
+    """The spec of a layer that runs the pattern: ours instead of full attention."""
+    if type(spec) is not FullAttentionSpec:
+        return spec
+    asked = options.of_config(vllm_config)
+    return PowerAttentionSpec(
+        **{field.name: getattr(spec, field.name) for field in fields(AttentionSpec)},
+        pattern=asked.effective_pattern,
+        max_model_len=vllm_config.model_config.max_model_len,
+        max_in_flight_tokens=vllm_config.max_in_flight_tokens,
+        lookahead_tokens=vllm_config.num_speculative_tokens + vllm_config.num_lookahead_tokens,
+        dense_tail=asked.dense_tail,
+        dense_requests=asked.dense_requests,
+    )

@@ -78,8 +78,9 @@ class PowerPlatform:
         super().update_block_size_for_backend(vllm_config)  # type: ignore[misc]
         if is_selected(vllm_config):
             refusals.kernel_page(vllm_config, on_cpu=cls.device_type == "cpu")
-            _keep_what_others_read(vllm_config)
-            _report(vllm_config)
+            reason = kv_cache.why_not(vllm_config) or _why_others_need_all(vllm_config)
+            _configure_layers(vllm_config, reclaims=reason is None)
+            _report(vllm_config, reason)
 
     @classmethod
     def register_custom_kv_cache_specs(cls, vllm_config: "VllmConfig | None") -> None:
@@ -125,19 +126,31 @@ def _share_metrics() -> None:
         logger.warning("PowerAttention: no metrics will be available: %r", error)
 
 
-def _keep_what_others_read(vllm_config: "VllmConfig") -> None:
-    """Switch reclamation off if a layer that does not run the pattern reads the KV cache of one that does."""
+def _why_others_need_all(vllm_config: "VllmConfig") -> str | None:
+    """Why no block may be returned early: a layer that does not run the pattern reads the KV cache of one that does."""
     kinds = {name: (layer, kind) for name, layer, kind in attention_layers(vllm_config)}
     for name, (layer, kind) in kinds.items():
         target = getattr(layer, "kv_sharing_target_layer_name", None)
         if target in kinds and kind != SPARSE and kinds[target][1] == SPARSE:
-            kv_cache.keep_everything(
-                vllm_config, f"{name} does not run the pattern and reads the KV cache of {target}"
-            )
+            return f"{name} does not run the pattern and reads the KV cache of {target}"
+    return None
 
 
-def _report(vllm_config: "VllmConfig") -> None:
-    """Log once what runs: pattern, layers, mode and its cost. Refuses a model in which no layer runs the pattern."""
+def _configure_layers(vllm_config: "VllmConfig", reclaims: bool) -> None:
+    """Give the layers that run the pattern, those that draft included, the pages and the KV cache spec of this engine.
+
+    reclaims: whether blocks are returned early.
+    """
+    for _, layer, kind in list(attention_layers(vllm_config)):
+        if kind == SPARSE:
+            layer.attn_backend = kv_cache.backend_of_engine(layer.attn_backend, vllm_config, reclaims)
+
+
+def _report(vllm_config: "VllmConfig", reason: str | None) -> None:
+    """Log once what runs: pattern, layers, mode and its cost. Refuses a model in which no layer runs the pattern.
+
+    reason: why no block is returned early; None if blocks are.
+    """
     from vllm_power.metrics import stages
 
     found = list(attention_layers(vllm_config))
@@ -145,7 +158,6 @@ def _report(vllm_config: "VllmConfig") -> None:
     sparse = [layer for name, layer, kind in found if kind == SPARSE and not drafts(name, vllm_config)]
     layers = indices_by_kind(vllm_config)
     executor = sparse[0].attn_backend.executor_name(vllm_config) if sparse else None
-    reason = kv_cache.why_not(vllm_config)
     stages.post(vllm_config, executor, reason or "on")
     if not sparse and vllm_config.parallel_config.pipeline_parallel_size > 1:
         return  # all layers of this rank stay dense, but not necessarily of others (metrics.scheduler checks all)

@@ -38,10 +38,10 @@ def apart(monkeypatch):
 def test_the_command_runs_its_parts_and_keeps_their_rows(apart, tmp_path):
     done = runner.invoke(app, ["bench", "memory", "--context", "4096", "--folder", str(tmp_path)])
     assert done.exit_code == 0, done.output
-    assert [part for part, _ in apart] == ["live", "live", "concurrency", "scheduler"]
+    assert [part for part, _ in apart] == ["live", "live", "concurrency", "scheduler", "hits"]
     assert apart[0][1] == ("power", 4096, 1024, False)
     assert apart[2][1] == ([1024, 4096], 1024, 4)
-    assert len(results.rows(tmp_path, "memory")) == 4
+    assert len(results.rows(tmp_path, "memory")) == 5
 
 
 def test_a_part_that_needs_a_gpu_fails_where_it_is_asked_for(apart, tmp_path):
@@ -122,6 +122,23 @@ def test_the_table_sets_the_two_parts_of_the_gain_apart():
     table = report_memory.table(measured)
     assert "a CPU, 2 cores, vLLM 1, torch 2, today, commit abc:" in table
     assert "| 100 | 200 | 300 | 3.00x = 2.00x attention, 1.50x more sequences |" in table
+
+
+def test_the_table_compares_prefix_hits():
+    chats = {"users": 16, "turns": 10, "cache_sequences": 8, "cache_pages": 99, "page": 256}
+    measured = [
+        row("second_turn", "power_no_reclaim", 2752, cache_pages=170, page=64),
+        row("second_turn", "power", 2752, cache_pages=170, page=64),
+        row("second_turn", "power_no_reclaim", 4672, cache_pages=200, page=64),
+        row("second_turn", "power", 4672, cache_pages=200, page=64),
+        row("chats", "power_no_reclaim", 0.0, decoding_at_once=8, **chats),
+        row("chats", "power", 39.3, decoding_at_once=16, **chats),
+    ]
+    table = report_memory.table(measured)
+    assert "170 pages of 64 | 1,024 | 8 |  | 2,752 | 2,752 |" in table
+    assert "200 pages of 64 | 1,024 | 8 |  | 4,672 | 4,672 |" in table
+    assert "cached share of the prompts | 1,024 | 8 |  | 0% | 39% |" in table
+    assert "users in decode at once | 1,024 | 8 |  | 8 | 16 |" in table
 
 
 def test_what_is_printed_sets_a_works_parts_apart(capsys):

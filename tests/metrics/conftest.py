@@ -41,7 +41,7 @@ def engine(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Iterator[Callable[.
             }
             config = stack.enter_context(configuration({}, **settings))
             monkeypatch.setenv(shared_dir.VARIABLE, str(folder))  # the configuration made one of its own
-            shared_dir.post("stage-0-0", STAGE)
+            shared_dir.post(f"stage-{shared_dir.engine_name(config)}-0", STAGE)
             compat.extend_scheduler(config, scheduler.CountedScheduler)
             return SchedulerAlone(config, pages)
 

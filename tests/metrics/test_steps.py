@@ -209,8 +209,8 @@ def test_reclamation_is_on_where_a_cache_reclaims(engine: Callable[..., Schedule
     """Not where the workers only say so."""
     told = []
     for options in ({}, {"reclaim": False}):
-        engine(500, options, **SETTINGS)
-        told.append(shared_dir.notes("engine-")["engine-0"]["reclamation"])
+        name = shared_dir.engine_name(engine(500, options, **SETTINGS).vllm.vllm_config)
+        told.append(shared_dir.notes("engine-")[f"engine-{name}"]["reclamation"])
     assert told[0] == "on"
     assert "no layer has" in told[1]
 

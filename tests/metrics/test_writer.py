@@ -15,7 +15,7 @@ ENGINE = {"model_name": "m", "engine": "0"}
 WRITE = """
 from vllm_power.metrics import definitions, writer
 try:
-    writer.value(definitions.TOKENS, {"model_name": "m", "engine": "0"}).add(1)
+    writer.value(definitions.TOKENS, {"model_name": "m", "engine": "0"}, "e-0").add(1)
 except OSError as error:
     print(error.strerror)
 """
@@ -42,11 +42,11 @@ def test_a_full_disk_is_an_error_and_no_signal(full: Path) -> None:
 
 
 def another(number: int) -> writer.Value:
-    return writer.value(definitions.TOKENS, ENGINE | {"engine": str(number)})
+    return writer.value(definitions.TOKENS, ENGINE | {"engine": str(number)}, "e-0")
 
 
 def test_a_disk_that_is_full_later_is_an_error_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = writer.value(definitions.TOKENS, ENGINE)
+    first = writer.value(definitions.TOKENS, ENGINE, "e-0")
 
     def no_space(*_: int) -> None:
         raise OSError(errno.ENOSPC, "full")
@@ -84,17 +84,15 @@ def test_what_a_killed_server_left_is_gone(folder: Path, tmp_path_factory, monke
     users = tmp_path_factory.mktemp("prometheus")
     monkeypatch.setenv(shared_dir.PROMETHEUS_VARIABLE, str(users))
     labels = ENGINE | {"version": "1", "pattern": "old", "executor": "x", "reclamation": "on"}
-    old = (
-        f"from vllm_power.metrics import definitions, writer; writer.value(definitions.INFO, {labels}).set(1)"
-    )
+    old = f"from vllm_power.metrics import definitions, writer; writer.value(definitions.INFO, {labels}, 'e-0').set(1)"
     subprocess.run([sys.executable, "-c", old], check=True)
     (left,) = users.iterdir()
-    shutil.copy(left, users / f"gauge_mostrecent_power-{os.getpid()}.db")
+    shutil.copy(left, users / f"gauge_mostrecent_power-e-0-{os.getpid()}.db")
     (users / "gauge_mostrecent_1.db").touch()  # vLLM's own
     monkeypatch.setattr(shared_dir, "_own", None)
     shared_dir.open_board()
     assert not left.exists()
-    writer.value(definitions.INFO, labels | {"pattern": "new"}).set(1)
-    text = (users / f"gauge_mostrecent_power-{os.getpid()}.db").read_bytes()
+    writer.value(definitions.INFO, labels | {"pattern": "new"}, "e-0").set(1)
+    text = (users / f"gauge_mostrecent_power-e-0-{os.getpid()}.db").read_bytes()
     assert b"new" in text and b"old" not in text
     assert (users / "gauge_mostrecent_1.db").exists()

@@ -45,9 +45,11 @@ def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def report(engine: int, tokens: int, counting: int = 1) -> None:
     labels = {"model_name": "m", "engine": str(engine)}
-    writer.value(definitions.COUNTING, labels).set(counting)
-    writer.value(definitions.TOKENS, labels).add(tokens)
-    writer.value(definitions.LAYER_EXECUTIONS, labels | {"attention": "sparse"}).add(2 * tokens)
+    writer.value(definitions.COUNTING, labels, f"e-{engine}").set(counting)
+    writer.value(definitions.TOKENS, labels, f"e-{engine}").add(tokens)
+    writer.value(definitions.LAYER_EXECUTIONS, labels | {"attention": "sparse"}, f"e-{engine}").add(
+        2 * tokens
+    )
     shared_dir.post(f"engine-{engine}", NOTE)
 
 

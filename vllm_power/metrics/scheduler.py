@@ -63,7 +63,7 @@ class StepCounter:
 
     def __init__(self, vllm_config: "VllmConfig", scheduler: Any) -> None:
         self.scheduler, self.pool = scheduler, scheduler.kv_cache_manager.block_pool
-        self.engine = str(vllm_config.parallel_config.data_parallel_index)
+        self.engine = shared_dir.engine_name(vllm_config)
         self.labels = writer.common_labels(vllm_config)
         asked = options.of_config(vllm_config)
         pattern, max_model_len = asked.effective_pattern, vllm_config.model_config.max_model_len
@@ -209,7 +209,7 @@ class StepCounter:
 
     def _introduce(self, vllm_config: "VllmConfig", asked: options.PowerOptions) -> None:
         """Publish what runs, from what the workers found in the model that they built (``stages``)."""
-        found = stages.whole(self.engine, vllm_config.parallel_config.pipeline_parallel_size)
+        found = stages.whole(vllm_config)
         self.layers = found["layers"]
         for kind, indices in (found["layers"] or {}).items():
             self._value(definitions.LAYERS, attention=kind).set(len(indices))
@@ -231,4 +231,4 @@ class StepCounter:
         shared_dir.post(f"engine-{self.engine}", found)
 
     def _value(self, figure: Metric, **labels: str) -> writer.Value:
-        return writer.value(figure, self.labels | labels)
+        return writer.value(figure, self.labels | labels, self.engine)

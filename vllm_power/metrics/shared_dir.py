@@ -9,7 +9,10 @@ import multiprocessing
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 # Set by the server's first process for the others. Not for users.
 VARIABLE = "POWER_METRICS_DIR"
@@ -36,6 +39,11 @@ def folder() -> Path | None:
     """The folder of this server; None if there is none, for example on a host without the first process."""
     path = os.environ.get(VARIABLE)
     return Path(path) if path and Path(path).is_dir() else None
+
+
+def engine_name(vllm_config: "VllmConfig") -> str:
+    """A name that no other engine has: two engines of a process may serve the same model."""
+    return f"{vllm_config.instance_id}-{vllm_config.parallel_config.data_parallel_index}"
 
 
 def metrics_folder() -> Path | None:

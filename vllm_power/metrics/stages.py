@@ -23,12 +23,8 @@ def post(vllm_config: "VllmConfig", executor: str | None, reclamation: str) -> N
     from vllm.distributed.parallel_state import get_pp_group, get_tensor_model_parallel_rank
     from vllm.logger import init_logger
 
-    from vllm_power.metrics import writer
-
-    writer.work_for(vllm_config)
     if get_tensor_model_parallel_rank():
         return
-    engine, number = vllm_config.parallel_config.data_parallel_index, get_pp_group().rank_in_group
     note = {
         "layers": indices_by_kind(vllm_config),
         "executor": executor,
@@ -36,16 +32,17 @@ def post(vllm_config: "VllmConfig", executor: str | None, reclamation: str) -> N
         "reclamation": reclamation,
     }
     try:
-        shared_dir.post(f"stage-{engine}-{number}", note)
+        shared_dir.post(f"stage-{shared_dir.engine_name(vllm_config)}-{get_pp_group().rank_in_group}", note)
     except OSError as error:
         log = init_logger("vllm.power")
         log.warning("PowerAttention: /metrics will not show which layers run the pattern: %r", error)
 
 
-def whole(engine: str, num_stages: int) -> dict[str, Any]:
-    """The notes of all stages, merged. If some are missing, for example from another host, ``layers`` is None."""
-    stages = list(shared_dir.notes(f"stage-{engine}-").values())
-    if len(stages) != num_stages:
+def whole(vllm_config: "VllmConfig") -> dict[str, Any]:
+    """The notes of all stages of this engine, merged. If some are missing, for example from another host, ``layers`` is
+    None."""
+    stages = list(shared_dir.notes(f"stage-{shared_dir.engine_name(vllm_config)}-").values())
+    if len(stages) != vllm_config.parallel_config.pipeline_parallel_size:
         return {"layers": None, "executor": UNKNOWN, "page_size": None, "reclamation": UNKNOWN}
     return {
         "layers": {

@@ -81,48 +81,39 @@ def common_labels(vllm_config: "VllmConfig") -> dict[str, str]:
     }
 
 
-def value(figure: Metric, labels: Mapping[str, str]) -> Value:
+def value(figure: Metric, labels: Mapping[str, str], engine: str) -> Value:
     """The value of the metric ``figure``, initially 0. Raises OSError if there is no folder to write to.
 
-    labels: the common labels and those of the metric.
+    labels: the common labels and those of the metric. engine: ``shared_dir.engine_name``; engines with the same labels
+    have separate values, which are added up for a counter.
     """
     name = figure.name.removesuffix("_total") if figure.kind == "counter" else figure.name
     key = mmap_key(name, figure.name, list(labels), list(labels.values()), figure.help)
-    return _value(figure.kind, key, os.getpid())
-
-
-# The common labels of the engine that this process works for; set when the process reports its stage.
-_engine: dict[str, str] | None = None
-
-
-def work_for(vllm_config: "VllmConfig") -> None:
-    """Set the engine that this process belongs to."""
-    global _engine
-    _engine = common_labels(vllm_config)
+    return _value(figure.kind, key, engine, os.getpid())
 
 
 @contextmanager
-def counted(reason: str) -> Iterator[None]:
+def counted(reason: str, vllm_config: "VllmConfig") -> Iterator[None]:
     """Count any exception that leaves the block as a refusal. An error while counting is ignored."""
     try:
         yield
     except Exception:
-        if _engine is not None:
-            with suppress(OSError):
-                value(REFUSALS, _engine | {"reason": reason}).add(1)
+        labels = common_labels(vllm_config) | {"reason": reason}
+        with suppress(OSError):
+            value(REFUSALS, labels, shared_dir.engine_name(vllm_config)).add(1)
         raise
 
 
 @cache
-def _value(kind: str, key: str, pid: int) -> Value:
-    return Value(_file(kind, pid), key)
+def _value(kind: str, key: str, engine: str, pid: int) -> Value:
+    return Value(_file(kind, engine, pid), key)
 
 
 @cache
-def _file(kind: str, pid: int) -> MmapedDict:
+def _file(kind: str, engine: str, pid: int) -> MmapedDict:
     place = shared_dir.metrics_folder()
     if place is None:
         raise FileNotFoundError(
             f"{shared_dir.VARIABLE} names no folder: there is nowhere to write metrics to"
         )
-    return AllocatedFile(place / f"{PREFIXES[kind]}_power-{pid}.db")
+    return AllocatedFile(place / f"{PREFIXES[kind]}_power-{engine}-{pid}.db")

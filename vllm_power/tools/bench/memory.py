@@ -1,8 +1,9 @@
 """``vllm-power bench memory``: the gain and the cost of KV reclamation.
 
-Four parts, each in processes of its own: the pages that one request holds over time (live), the sequences that decode
-at once in the same cache (concurrency), the scheduler's own time per step (scheduler), and long requests through the
-whole engine on a GPU (throughput). Each row is appended to memory.jsonl when it is measured.
+Five parts, each in processes of its own: the pages that one request holds over time (live), the sequences that decode
+at once in the same cache (concurrency), the scheduler's own time per step (scheduler), what later turns of a chat find
+in the prefix cache (hits), and long requests through the whole engine on a GPU (throughput). Each row is appended to
+memory.jsonl when it is measured.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,7 @@ from vllm_power.tools.common import results
 from vllm_power.tools.common.apart import ChildFailed, rows_of
 from vllm_power.tools.common.results import Row
 
-PARTS = ("live", "concurrency", "scheduler", "throughput")
+PARTS = ("live", "concurrency", "scheduler", "hits", "throughput")
 THROUGHPUT = ("power", "power_no_reclaim", "dense")
 SEQUENCES, SEQUENCE, STEPS = 256, 32_768, 600  # scheduler part: sequences, tokens per sequence, steps
 ENGINE = "vllm_power.tools.bench.memory_engine"
@@ -38,6 +39,8 @@ def jobs(
         yield SCHEDULER, (part, [context // 4, context], output, cache_sequences)
     elif part == "scheduler":
         yield SCHEDULER, (part, SEQUENCES, SEQUENCE, STEPS)
+    elif part == "hits":
+        yield SCHEDULER, (part,)
     else:
         cache_bytes = cache_bytes_for(cache_sequences, context + output) if cache_sequences else None
         for impl in THROUGHPUT:

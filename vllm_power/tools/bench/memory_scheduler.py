@@ -1,4 +1,4 @@
-"""The parts of ``vllm-power bench memory`` that run vLLM's scheduler alone: ``concurrency`` and ``scheduler``."""
+"""The parts of ``vllm-power bench memory`` that run vLLM's scheduler alone: concurrency, scheduler, hits."""
 
 import gc
 import statistics
@@ -8,6 +8,7 @@ from typing import Any
 
 from vllm.config import VllmConfig
 
+from vllm_power.tools.bench import prefix_hits
 from vllm_power.tools.bench.engine import CHUNK, IMPLS
 from vllm_power.tools.bench.scheduler_alone import PAGE, SchedulerAlone, configuration
 from vllm_power.tools.common.apart import answer
@@ -134,7 +135,11 @@ def in_turns(schedulers: dict[str, SchedulerAlone], steps: int, prefill: bool) -
     return times
 
 
-PARTS: dict[str, Callable[..., Iterator[Row]]] = {"concurrency": concurrency, "scheduler": scheduler_time}
+PARTS: dict[str, Callable[..., Iterator[Row]]] = {
+    "concurrency": concurrency,
+    "scheduler": scheduler_time,
+    "hits": prefix_hits.measure,
+}
 
 
 def measure(part: str, *arguments: Any) -> Iterator[Row]:

@@ -8,7 +8,7 @@ from vllm_power.pattern import POWER
 from vllm_power.tools.common.plots import pyplot, save
 from vllm_power.tools.common.results import Row, last_run, rows, run_of, where
 
-BENCHES = ("live", "concurrency", "throughput", "scheduler_step")
+BENCHES = ("live", "concurrency", "second_turn", "chats", "throughput", "scheduler_step")
 OFF, ON, DENSE = "power_no_reclaim", "power", "dense"
 
 
@@ -33,7 +33,16 @@ def _lines(run: list[Row]) -> str:
 
 def _work(row: Row) -> tuple[Any, ...]:
     """The case that a row measures, without the implementation."""
-    keys = ("bench", "context", "output", "cache_sequences", "requests", "work", "prefix_caching")
+    keys = (
+        "bench",
+        "context",
+        "output",
+        "cache_sequences",
+        "cache_pages",
+        "requests",
+        "work",
+        "prefix_caching",
+    )
     return tuple(row.get(key) for key in keys)
 
 
@@ -68,6 +77,27 @@ def _concurrency(impls: dict[str, Row]) -> list[list[str]]:
     return [_line(what, on, "", f"{off['value']}", f"{on['value']}", f"{on['value'] / off['value']:.1f}x")]
 
 
+def _second_turn(impls: dict[str, Row]) -> list[list[str]]:
+    on, off = impls[ON], impls[OFF]
+    what = (
+        f"cached tokens of a chat's second turn after another chat, {on['cache_pages']} pages of {on['page']}"
+    )
+    return [_line(what, on, "", f"{off['value']:,}", f"{on['value']:,}", "")]
+
+
+def _chats(impls: dict[str, Row]) -> list[list[str]]:
+    on, off = impls[ON], impls[OFF]
+    what = f"{on['users']} users, {on['turns']} turns each, cache of {on['cache_sequences']} whole chats: "
+    return [
+        _line(
+            what + "cached share of the prompts", on, "", f"{off['value']:.0f}%", f"{on['value']:.0f}%", ""
+        ),
+        _line(
+            what + "users in decode at once", on, "", *(f"{row['decoding_at_once']}" for row in (off, on)), ""
+        ),
+    ]
+
+
 def _throughput(impls: dict[str, Row]) -> list[list[str]]:
     """The gain has two factors: off / FLASH_ATTN is faster attention, on / off is more sequences at once."""
     on = impls[ON]
@@ -96,6 +126,8 @@ def _line(what: str, row: Row, *cells: str) -> list[str]:
 LINES = {
     "live": _live,
     "concurrency": _concurrency,
+    "second_turn": _second_turn,
+    "chats": _chats,
     "throughput": _throughput,
     "scheduler_step": _scheduler_step,
 }

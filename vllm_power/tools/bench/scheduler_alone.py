@@ -28,13 +28,13 @@ TOKEN = 5
 
 
 @contextmanager
-def configuration(impl_settings: dict[str, Any], **settings: Any) -> Iterator[VllmConfig]:
+def configuration(impl_settings: dict[str, Any], page: int = PAGE, **settings: Any) -> Iterator[VllmConfig]:
     """vLLM's configuration of a server without asynchronous scheduling; ``settings`` are arguments of vllm.LLM."""
     with model_folder(TINY) as folder:
         yield EngineArgs(
             model=folder,
             skip_tokenizer_init=True,
-            block_size=PAGE,
+            block_size=page,
             async_scheduling=False,
             **impl_settings,
             **settings,
@@ -45,10 +45,11 @@ class SchedulerAlone:
     """A scheduler over a cache of ``pages`` pages. All layers share the spec that ``config`` gives to a layer."""
 
     def __init__(self, config: VllmConfig, pages: int, full_attention: bool = False) -> None:
-        spec = FullAttentionSpec(block_size=PAGE, num_kv_heads=1, head_size=32, dtype=torch.bfloat16)
+        page = config.cache_config.block_size
+        spec = FullAttentionSpec(block_size=page, num_kv_heads=1, head_size=32, dtype=torch.bfloat16)
         if not full_attention:
-            kv_cache.configure(config)
-            spec = kv_cache.customize_spec(spec)
+            if kv_cache.why_not(config) is None:
+                spec = kv_cache.reclaiming_spec(spec, config)
             # As in a server. Also applies to schedulers created from ``config`` later.
             compat.extend_scheduler(config, CountedScheduler)
         config.cache_config.num_gpu_blocks = pages
@@ -57,13 +58,14 @@ class SchedulerAlone:
             vllm_config=config,
             kv_cache_config=KVCacheConfig(pages, [], [KVCacheGroupSpec(["layer"], spec)]),
             structured_output_manager=StructuredOutputManager(config),
-            block_size=PAGE,
+            block_size=page,
         )
+        self.cached: dict[str, int] = {}  # by request id: the tokens found in the prefix cache
         self.preemptions = 0
         self.decoding = 0  # sequences that got a token in the last step
         self._added = 0
         init_none_hash(sha256)
-        self._hasher = get_request_block_hasher(PAGE, sha256) if self.caching else None
+        self._hasher = get_request_block_hasher(page, sha256) if self.caching else None
 
     def add(self, prompt: list[int], max_tokens: int) -> Request:
         """Add a request."""
@@ -82,6 +84,8 @@ class SchedulerAlone:
         again = time.thread_time()
         self.vllm.update_from_output(scheduled, answered)
         end = time.thread_time()
+        for new in scheduled.scheduled_new_reqs:
+            self.cached[new.req_id] = new.num_computed_tokens
         self.preemptions += len(scheduled.preempted_req_ids or ())
         return middle - begin + end - again
 
