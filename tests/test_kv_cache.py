@@ -346,9 +346,6 @@ def test_pages_and_blocks(page):
         assert set(spec.blocks_of(number)) == {b for b in blocks if number in touched[b]}
 
 
-def test_kernels_see_pages_that_divide_the_block():
-
-
 def test_kv_events_name_the_kind_of_our_blocks():
     """Prefix-aware routers leave out the kind "unknown"."""
     compat.tell_kv_cache_kind(PowerAttentionSpec)

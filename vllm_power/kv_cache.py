@@ -72,9 +72,13 @@ class PowerAttentionSpec(AttentionSpec):
         block_size = self.pattern.block_size
         return range(block * block_size // self.block_size, -(-(block + 1) * block_size // self.block_size))
 
+    def blocks_of(self, page: int) -> range:
+        """The blocks of which ``page`` holds tokens."""
+        return _blocks_of(page, self.block_size, self.pattern.block_size)
+
     def last_reader(self, page: int, last: int) -> int:
         """The last query block up to ``last`` that reads ``page``, which holds no block after ``last`` alone."""
-        blocks = _blocks_of(page, self.block_size, self.pattern.block_size)
+        blocks = self.blocks_of(page)
         return max(
             self.pattern.last_reader(block, last) for block in range(blocks.start, min(blocks.stop, last + 1))
         )
