@@ -32,11 +32,6 @@ SLIPS = {
     r"\d %(?! \w+\))": "%, without a space",
 }
 TEXT = (".md", ".html", ".j2", ".yaml", ".yml", ".toml", ".sh", "Makefile", "Dockerfile", "Dockerfile.cpu")
-# Files that are not clean yet. The list only gets shorter.
-NOT_YET: tuple[str, ...] = (
-    "tests/web/test_page_live.py",
-    "vllm_power/tools/web/drawing.py",
-)
 
 
 def files() -> list[str]:
@@ -69,6 +64,6 @@ def slips(name: str) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("name", [name for name in files() if name not in NOT_YET])
+@pytest.mark.parametrize("name", files())
 def test_language(name):
     assert not (found := slips(name)), "\n".join(found)

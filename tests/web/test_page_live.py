@@ -45,7 +45,7 @@ def test_an_engines_figures_are_shown_and_asked_for_again(live: Page, engine: En
     figures = live.text("live-figures")
     for part in (
         "Sequences running\n3",
-        "Blocks read\n25 %",
+        "Blocks read\n25%",
         "250 of 1,000",
         "40\nof 4,000",
         "1,234",

@@ -12,7 +12,7 @@ MAX_TOKENS = 1 << 24
 # Looking at more block pairs than this would take seconds. 1,048,576 tokens under the default pattern: 160,000.
 MAX_PAIRS = 2_000_000
 MAX_BLOCKS = 65_536  # 16M tokens in blocks of 256; a drawing keeps some numbers for each
-# Sequences up to so many blocks are sent whole, as a picture has them; of longer ones the last row is enough.
+# Sequences up to this number of blocks are sent whole, as a picture has them; of longer ones the last row is enough.
 MAX_ROWS = 128
 
 Blocks = Annotated[int | None, Field(ge=0, le=512)]

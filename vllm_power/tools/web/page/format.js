@@ -7,7 +7,7 @@ export const count = (number) => whole.format(number);
 export const short = (number) => three.format(number);
 
 export function percent(share) {
-  return `${share >= 0.9995 ? 100 : short(100 * share)} %`;
+  return `${share >= 0.9995 ? 100 : short(100 * share)}%`;
 }
 
 export function times(ratio) {
