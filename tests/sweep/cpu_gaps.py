@@ -1,4 +1,4 @@
-"""What vLLM 0.32's CPU build lacks for hybrid models, made up for in the dense engine and in ours alike.
+"""What vLLM 0.32's CPU build lacks for hybrid models, made up for in the dense engine and in ours.
 
 Mamba-2 with prefix caching ("align"): the layers promise to keep a state in the middle of a prompt, but the CPU kernel
 returns only the last one, and the kernel that stores it needs Triton. So the engine ends with an IndexError
