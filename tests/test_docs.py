@@ -138,7 +138,7 @@ def messages(module: str) -> Iterator[list[str]]:
             yield fixed_words(call.args[0])
 
 
-@pytest.mark.parametrize("module", ["plugin", "options", "pattern", "refusals", "kv_cache", "gpu_backend"])
+@pytest.mark.parametrize("module", ["plugin", "options", "pattern", "refusals", "gpu_backend"])
 def test_every_error_of_the_engines_path_is_in_the_docs(module):
     """Compared by the longest constant part of the first sentence."""
     page = " ".join((ROOT / "docs" / "errors.md").read_text().split())

@@ -132,7 +132,7 @@ def test_killed_for_real_and_gone_on_by_two_processes(
 ) -> None:
     """The command itself; as many processes as there are share a step, and its tokens stay the same."""
     words = f"adapt {model} --data {text} --output out --stages 64:6steps,128:2048 --batch-tokens {TOKENS} "
-    words += "--learning-rate 1e-2 --precision fp32 --eval-tokens 1024 --save-every 3 --power"
+    words += "--learning-rate 1e-2 --precision fp32 --embeddings --eval-tokens 1024 --save-every 3 --power"
     command = [*words.split(), json.dumps(POWER)]
     killed = subprocess.run([sys.executable, "-c", KILLED_IN_STEP_5, *command], cwd=tmp_path)
     assert killed.returncode == -signal.SIGKILL

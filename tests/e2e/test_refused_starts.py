@@ -77,7 +77,7 @@ def shape(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             "Leave out --decode-context-parallel-size",
         ),
     ],
-    ids=["option", "pattern", "range", "type", "page96", "page512", "context-parallel"],
+    ids=["option", "pattern", "range", "type", "page16", "context-parallel"],
 )
 def test_settings(
     settings: dict[str, Any], cause: str, remedy: str, small_model: Callable[..., Path], worker: Worker

@@ -10,7 +10,6 @@ from support.english_tokenizer import make_tokenizer
 from support.fake_endpoint import Fake, serving
 
 from vllm_power.tools.common.english import english_text
-from vllm_power.tools.evals import run as run_module
 from vllm_power.tools.evals.run import Job, run
 from vllm_power.tools.evals.settings import Settings, even_depths
 from vllm_power.tools.evals.target import Target
@@ -45,7 +44,6 @@ def evaluate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., i
 
     ``dense`` is an endpoint as well; ``target`` and ``dense`` may be targets instead.
     """
-    monkeypatch.setattr(run_module.signal, "signal", lambda *_: None)
 
     def evaluate(fake: Fake | None = None, **changes: Any) -> int:
         settings: dict[str, Any] = {
