@@ -1,13 +1,14 @@
 # The commands of this project; continuous integration runs the same commands (.ci/run).
 PYTHON ?= python3
 DEVICE ?= auto
+MINUTES ?= 30
 TRITON ?= 3.9.0
 BIN := .venv/bin
 # One case per code path of the kernels; all cases would take an hour under a sanitizer.
 SANITIZED := mixed or drafts or fp8 or sinks or head-80 or head-192 or page-16 or qwen2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-gpu sweep sanitize compile lint format bench lock wheel clean
+.PHONY: help setup demo test test-fast test-gpu sweep soak sanitize compile lint format bench lock wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,6 +33,9 @@ test-gpu: setup ## tests on an NVIDIA GPU: native kernels, and the engine
 
 sweep: setup ## serve a tiny model of every architecture of vLLM's registry, and make docs/models.md (an hour; resumes)
 	cd tests && PYTHONPATH=$(CURDIR) $(CURDIR)/$(BIN)/python -m sweep
+
+soak: setup ## load of every kind on a server on the CPU, then every answer again alone (MINUTES=30 of load)
+	cd tests && PYTHONPATH=$(CURDIR) $(CURDIR)/$(BIN)/python -m soak --minutes $(MINUTES) --folder $(CURDIR)/build/soak
 
 sanitize: setup ## compute-sanitizer's memcheck, initcheck and racecheck over the kernels on an NVIDIA GPU
 	compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/pytest -q tests/kernels -k "$(SANITIZED)"

@@ -1,0 +1,92 @@
+"""Faults under load, and a server whose /dev/shm and temporary folder are file systems of their own."""
+
+import asyncio
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import psutil
+from support.processes import is_running
+from support.prompts import random_tokens
+
+from soak.client import Outcome, ask
+from soak.requests import Cut, Request
+from soak.served import get, metric
+from vllm_power.tools.common.vllm_server import Server
+
+REQUESTS = 6
+
+
+def long_request(seed: int) -> Request:
+    return Request(random_tokens(2_000, seed), 1, 400, True, stream=seed % 2 == 0, cut=Cut.NEVER, cut_after=0)
+
+
+def under_load(server: Server, fault: Callable[[], None], within: float) -> list[Outcome]:
+    """Let ``fault`` happen while requests run. Raises TimeoutError if one has no end ``within`` seconds of it."""
+
+    async def run() -> list[Outcome]:
+        async with httpx.AsyncClient(base_url=server.url, timeout=None) as client:
+            asked = [asyncio.create_task(ask(client, long_request(seed))) for seed in range(REQUESTS)]
+            deadline = time.monotonic() + 60
+            while time.monotonic() < deadline:
+                text = await asyncio.to_thread(get, server, "/metrics")
+                if metric(text, "vllm:generation_tokens_total") > 20:
+                    break
+            await asyncio.to_thread(fault)
+            async with asyncio.timeout(within):
+                return await asyncio.gather(*asked)
+
+    return asyncio.run(run())
+
+
+def process(server: Server, title: str) -> int:
+    """The process below the server whose title contains ``title``."""
+    (pid,) = [
+        child.pid
+        for child in psutil.Process(server.pid).children(recursive=True)
+        if title in " ".join(child.cmdline())
+    ]
+    return pid
+
+
+def kill(server: Server, title: str) -> Callable[[], None]:
+    return lambda: os.kill(process(server, title), signal.SIGKILL)
+
+
+def seconds_to_end(server: Server, at_most: float) -> float:
+    """Wait until the server has ended and none of its processes is left; AssertionError if it takes longer."""
+    begin = time.monotonic()
+    while time.monotonic() - begin < at_most:
+        if not is_running(server.pid):
+            return time.monotonic() - begin
+        time.sleep(0.1)
+    raise AssertionError(f"the server still runs after {at_most:.0f} s")
+
+
+def can_mount() -> bool:
+    probe = ["unshare", "--mount", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
+    return shutil.which("unshare") is not None and not subprocess.run(probe, capture_output=True).returncode
+
+
+def in_own_file_systems(command: str, script: Path, sizes: dict[Path, str]) -> str:
+    """A command that runs ``command`` with a tmpfs of the given size over each folder; only it sees them."""
+    mounts = "".join(f"mount -t tmpfs -o size={size} tmpfs {folder} && " for folder, size in sizes.items())
+    inner = f'{mounts}exec {command} "$@"'
+    script.write_text(f"#!/bin/sh\nexec unshare --mount sh -c '{inner}' - \"$@\"\n")
+    script.chmod(0o755)
+    return str(script)
+
+
+def fill(server: Server, folder: Path) -> None:
+    """Write into a folder as the server sees it until nothing fits."""
+    try:
+        with Path(f"/proc/{server.pid}/root{folder}/filler").open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(1 << 12))
+    except OSError:
+        return

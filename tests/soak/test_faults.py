@@ -1,0 +1,66 @@
+"""What kills a process, a server or a disk, in mid-load: every request ends, and so does the server if it must."""
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from soak import faults, served
+from vllm_power.tools.common import vllm_server
+
+pytestmark = [pytest.mark.e2e, pytest.mark.cpu, pytest.mark.slow]
+
+ENDS_WITHIN = 60.0  # seconds, on a machine with two busy cores
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return served.model(tmp_path_factory.mktemp("soak") / "model")
+
+
+@pytest.mark.parametrize("title", ["EngineCore", "Worker"])
+def test_a_killed_process_ends_requests_and_server(title: str, model: Path, tmp_path: Path) -> None:
+    with served.start(model, tmp_path / "log") as server:
+        outcomes = faults.under_load(server, faults.kill(server, title), ENDS_WITHIN)
+        assert all(outcome.error for outcome in outcomes)
+        faults.seconds_to_end(server, ENDS_WITHIN)
+
+
+def test_sigterm_under_load_ends_in_time(model: Path, tmp_path: Path) -> None:
+    with served.start(model, tmp_path / "log") as server:
+        outcomes = faults.under_load(server, lambda: os.kill(server.pid, signal.SIGTERM), ENDS_WITHIN)
+        assert all(outcome.error or outcome.answered for outcome in outcomes)
+        faults.seconds_to_end(server, ENDS_WITHIN)
+
+
+@pytest.fixture
+def small_disks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A temporary folder of 32 KiB, less than a metrics file, and a /dev/shm of 256 MiB, for servers started here."""
+    if not faults.can_mount():
+        pytest.skip("file systems cannot be mounted here")
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    command = faults.in_own_file_systems(
+        vllm_server.vllm_executable(),
+        tmp_path / "vllm",
+        {temporary: "32k", Path("/dev/shm"): "256m"},
+    )
+    monkeypatch.setattr(vllm_server, "vllm_executable", lambda: command)
+    return temporary
+
+
+def test_full_disks_cost_metrics_and_no_answer_waits(small_disks: Path, model: Path, tmp_path: Path) -> None:
+    """/tmp has no room for the metrics from the start on; /dev/shm fills up while requests run."""
+    with served.start(model, tmp_path / "log", TMPDIR=str(small_disks)) as server:
+        assert "no metrics are available" in server.log.read_text()
+        assert "vllm_power_info" not in served.get(server, "/metrics")
+
+        def fill() -> None:
+            faults.fill(server, small_disks)
+            faults.fill(server, Path("/dev/shm"))
+
+        outcomes = faults.under_load(server, fill, 5 * ENDS_WITHIN)
+        assert all(outcome.error or outcome.answered for outcome in outcomes)
+        assert any(outcome.answered for outcome in outcomes) or faults.seconds_to_end(server, ENDS_WITHIN)
