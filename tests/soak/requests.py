@@ -50,21 +50,21 @@ class Request:
         }
 
 
-def draw(generator: random.Random) -> Request:
+def draw(generator: random.Random, greedy: bool) -> Request:
     """Lengths are spread evenly over the logarithm, so that nearly every prompt has a new one."""
     length = round(math.exp(generator.uniform(math.log(SHORTEST), math.log(LONGEST))))
     prompt = random_tokens(length, generator.randrange(1 << 20))
     if generator.random() < 0.5:
         shared = generator.randint(1, length)
         prompt = generator.choice(DOCUMENTS)[:shared] + prompt[shared:]
-    samples = generator.randint(1, 4) if length <= SAMPLED_UP_TO else 1
+    samples = 1 if greedy or length > SAMPLED_UP_TO else generator.randint(1, 4)
     cut = generator.choices(list(Cut), [70, 15, 15])[0]
     return Request(
         prompt=prompt,
         samples=samples,
         # Short prompts with long answers outgrow the pool together, which preempts.
         max_tokens=generator.randint(1, 400 if length <= SAMPLED_UP_TO else 40),
-        greedy=samples == 1 and generator.random() < 0.7,
+        greedy=greedy,
         stream=cut is Cut.IN_STREAM or (cut is Cut.NEVER and generator.random() < 0.5),
         cut=cut,
         cut_after=generator.randint(1, 20) if cut is Cut.IN_STREAM else generator.uniform(0.0, 10.0),

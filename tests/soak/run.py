@@ -15,7 +15,8 @@ from soak.requests import draw
 from soak.served import get, metric
 from vllm_power.tools.common.vllm_server import Server
 
-CLIENTS = 12
+CLIENTS = 24
+ROUND = 60.0  # seconds
 POLLED = ("/metrics", "/power", "/v1/power/live", "/v1/power/info")
 
 
@@ -54,10 +55,11 @@ async def soak(server: Server, minutes: float, seed: int) -> Soaked:
     return Soaked(seconds, outcomes, differences, memory, polls, metrics)
 
 
-async def _client(client: httpx.AsyncClient, seed: int, end: float, outcomes: list[Outcome]) -> None:
-    generator = random.Random(seed)
+async def _client(
+    client: httpx.AsyncClient, generator: random.Random, greedy: bool, end: float, outcomes: list[Outcome]
+) -> None:
     while time.monotonic() < end:
-        outcomes.append(await ask(client, draw(generator)))
+        outcomes.append(await ask(client, draw(generator, greedy)))
         if outcomes[-1].error:  # the soak has failed; a server that is gone would fail a thousand more
             return
 

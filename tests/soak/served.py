@@ -39,7 +39,7 @@ def start(model: Path, log: Path, **environment: str) -> Iterator[Server]:
         "--dtype=float32",
         f"--max-model-len={MAX_MODEL_LEN}",
         "--max-num-batched-tokens=1024",
-        "--max-num-seqs=16",
+        "--max-num-seqs=48",
         f"--kv-cache-memory-bytes={320 * 64 * 2048}",
         f"--speculative-config={json.dumps(DRAFTS)}",
         "--enforce-eager",

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,15 +41,16 @@ def small_disks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
     """A temporary folder of 32 KiB, less than a metrics file, and a /dev/shm of 256 MiB, for servers started here."""
     if not faults.can_mount():
         pytest.skip("file systems cannot be mounted here")
-    temporary = tmp_path / "temporary"
-    temporary.mkdir()
+    # Not below pytest's: the name of a socket has at most 107 characters.
+    temporary = Path(tempfile.mkdtemp())
     command = faults.in_own_file_systems(
         vllm_server.vllm_executable(),
         tmp_path / "vllm",
         {temporary: "32k", Path("/dev/shm"): "256m"},
     )
     monkeypatch.setattr(vllm_server, "vllm_executable", lambda: command)
-    return temporary
+    yield temporary
+    temporary.rmdir()
 
 
 def test_full_disks_cost_metrics_and_no_answer_waits(small_disks: Path, model: Path, tmp_path: Path) -> None:
