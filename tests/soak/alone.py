@@ -1,8 +1,8 @@
 """Scores answers alone: prompt and answer as one prompt, while nothing else runs and with a prefix cache of its own.
 
-The rows of an answer were computed one by one or as drafts, beside others, from cached and preempted prefixes. Here
-they are computed in one prefill, so equal log-probabilities mean that each row saw the right keys. Two sums in another
-order may choose another token, which changes all later ones; an answer that is scored has no such fork.
+The rows of an answer were computed one by one or as drafts, in a batch with others, from cached and preempted
+prefixes. Here they are computed in one prefill, so equal log-probabilities mean that each row saw the right keys. Two
+sums in another order may choose another token, which changes all later ones; an answer that is scored has no such fork.
 
 That a greedily chosen token is the best one is vLLM's sampler, not attention. In vLLM 0.32 on the CPU it is not when
 drafts are checked in a batch with requests that sample: the temperatures of the drafts are left uninitialised

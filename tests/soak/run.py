@@ -39,7 +39,7 @@ async def soak(server: Server, minutes: float, seed: int) -> Soaked:
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE + 10, limits=limits) as client:
         watching = asyncio.create_task(_watch(server, memory))
-        # In turns: on vLLM 0.32's CPU, drafts make greedy requests wrong beside others that sample (alone.py).
+        # In turns: on vLLM 0.32's CPU, drafts make greedy requests wrong if others in the batch sample (alone.py).
         for turn in range(max(2, round(60 * minutes / ROUND))):
             draws = [random.Random(f"{seed} {turn} {number}") for number in range(CLIENTS)]
             end = time.monotonic() + ROUND
