@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,7 +66,7 @@ async def _stream(client: httpx.AsyncClient, request: Request) -> Outcome:
         if answer.status_code != 200:
             return Outcome(request, error=f"{answer.status_code}: {(await answer.aread())[:300]!r}")
         events = 0
-        async for line in answer.aiter_lines():
+        async for line in _lines(answer):
             if line.removeprefix("data: ") == "[DONE]":
                 return _complete(request, pieces)
             if line.startswith("data: "):
@@ -78,6 +78,15 @@ async def _stream(client: httpx.AsyncClient, request: Request) -> Outcome:
             if request.cut is Cut.IN_STREAM and events >= request.cut_after:
                 return Outcome(request)
     return Outcome(request, error="the stream ended without its end")
+
+
+async def _lines(answer: httpx.Response) -> AsyncIterator[str]:
+    """Lines that end with a line feed only: httpx also splits at U+0085, U+2028 and others, which tokens contain."""
+    rest = b""
+    async for piece in answer.aiter_bytes():
+        *lines, rest = (rest + piece).split(b"\n")
+        for line in lines:
+            yield line.decode().rstrip("\r")
 
 
 def _complete(request: Request, pieces: Iterable[dict[str, Any]]) -> Outcome:
