@@ -9,8 +9,8 @@ from soak.memory import MIB, curve, growth
 from soak.run import Soaked
 from soak.served import metric
 
-# Measured over 200 s: 14.5 for the engine and 3.3 for the API server, while their caches still fill. 160 kB that a request
-# leaves behind would be more than this after 200 requests, in two minutes; 16 kB in half an hour.
+# Measured over 200 s: 14.5 for the engine and 3.3 for the API server, while their caches still fill. A leak of 160 kB
+# per request exceeds this after 200 requests, in two minutes; a leak of 16 kB in half an hour.
 GROWTH = 32 * MIB
 
 
