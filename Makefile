@@ -8,7 +8,7 @@ BIN := .venv/bin
 SANITIZED := mixed or drafts or fp8 or sinks or head-80 or head-192 or page-16 or qwen2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-gpu sweep soak sanitize compile lint format bench lock wheel clean
+.PHONY: help setup demo test test-fast test-gpu sweep soak faults sanitize compile lint format bench lock wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,7 +23,7 @@ demo: setup ## serve SmolLM2-135M, dense and with the backend, and ask it for wh
 test: setup ## all tests (GPU tests are skipped without a GPU)
 	@# Engines and servers need all cores; the other tests use one each.
 	$(BIN)/pytest -m "not e2e" --numprocesses auto --dist loadfile --durations=20
-	$(BIN)/pytest -m e2e --durations=20
+	$(BIN)/pytest -m e2e --ignore tests/soak --durations=20
 
 test-fast: setup ## tests that start no engine
 	$(BIN)/pytest -m "not e2e" --numprocesses auto --dist loadfile
@@ -36,6 +36,9 @@ sweep: setup ## serve a tiny model of every architecture of vLLM's registry, and
 
 soak: setup ## load of every kind on a server on the CPU, then every answer again alone (MINUTES=30 of load)
 	cd tests && PYTHONPATH=$(CURDIR) $(CURDIR)/$(BIN)/python -m soak --minutes $(MINUTES) --folder $(CURDIR)/build/soak
+
+faults: setup ## two minutes of the soak, and faults under load: killed processes, SIGTERM, full disks
+	$(BIN)/pytest tests/soak
 
 sanitize: setup ## compute-sanitizer's memcheck, initcheck and racecheck over the kernels on an NVIDIA GPU
 	compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/pytest -q tests/kernels -k "$(SANITIZED)"
