@@ -141,9 +141,13 @@ def _configure_layers(vllm_config: "VllmConfig", reclaims: bool) -> None:
 
     reclaims: whether blocks are returned early.
     """
+    ours: dict[type, type] = {}
     for _, layer, kind in list(attention_layers(vllm_config)):
         if kind == SPARSE:
-            layer.attn_backend = kv_cache.backend_of_engine(layer.attn_backend, vllm_config, reclaims)
+            backend = layer.attn_backend
+            if backend not in ours:
+                ours[backend] = kv_cache.backend_of_engine(backend, vllm_config, reclaims)
+            layer.attn_backend = ours[backend]
 
 
 def _report(vllm_config: "VllmConfig", reason: str | None) -> None:
