@@ -8,10 +8,11 @@ BIN := .venv/bin
 SANITIZED := mixed or drafts or fp8 or sinks or head-80 or head-192 or page-16 or qwen2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-gpu sweep soak faults sanitize compile lint format bench lock wheel clean
+.PHONY: help setup demo test test-fast test-gpu test-033 sweep soak faults sanitize compile lint format bench lock wheel
+.PHONY: clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## create .venv with vLLM for this machine (PYTHON=python3.12, DEVICE=cpu|cuda to choose)
 	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 or later is needed: there is no $(PYTHON)."; exit 1; }
@@ -39,6 +40,13 @@ soak: setup ## load of every kind on a server on the CPU, then every answer agai
 
 faults: setup ## two minutes of the soak, and faults under load: killed processes, SIGTERM, full disks
 	$(BIN)/pytest tests/soak
+
+test-033: setup | build/vllm-0.33.0 ## tests that need no kernels, under vLLM 0.33, which has no CPU build
+	VLLM_TARGET_DEVICE=cpu PYTHONPATH=$(CURDIR)/build/vllm-0.33.0 $(BIN)/pytest -m without_kernels --durations=10
+
+# Only its Python is used, in front of the vLLM of .venv, whose packages it shares; .venv lacks only orjson.
+build/vllm-%: | setup
+	$(BIN)/pip install --quiet --no-deps --target $@ vllm==$* orjson
 
 sanitize: setup ## compute-sanitizer's memcheck, initcheck and racecheck over the kernels on an NVIDIA GPU
 	compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/pytest -q tests/kernels -k "$(SANITIZED)"

@@ -18,6 +18,20 @@ ON_A_GPU = (
     "e2e/test_invariance.py",
     "e2e/test_reclaim.py",
 )
+# These need vLLM's Python and none of its kernels; some tests elsewhere are marked themselves.
+WITHOUT_KERNELS = (
+    "bench/test_scheduler_alone.py",
+    "metrics/",
+    "test_compat.py",
+    "test_dense_layers.py",
+    "test_gpu_backend.py",
+    "test_kv_cache",
+    "test_lifetimes.py",
+    "test_options.py",
+    "test_plugin.py",
+    "test_prefix_hashes.py",
+    "test_refusals.py",
+)
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # A shell that starts tests in the background has them ignore Ctrl-C, and all that they start in turn.
@@ -41,9 +55,13 @@ if not torch.cuda.is_available():
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("cpu"):
-                item.add_marker(pytest.mark.skip(reason="about vLLM's CPU build"))
-            elif item.path.relative_to(HERE).as_posix().startswith(ON_A_GPU):
-                item.add_marker("gpu")
+    for item in items:
+        place = item.path.relative_to(HERE).as_posix()
+        if place.startswith(WITHOUT_KERNELS):
+            item.add_marker("without_kernels")
+        if not torch.cuda.is_available():
+            continue
+        if item.get_closest_marker("cpu"):
+            item.add_marker(pytest.mark.skip(reason="about vLLM's CPU build"))
+        elif place.startswith(ON_A_GPU):
+            item.add_marker("gpu")

@@ -5,6 +5,7 @@ steps in flight, preempts, finishes and aborts. Every query checks that each pag
 belong there; the worker's page tables keep stale ids, as vLLM's do.
 """
 
+import inspect
 import itertools
 
 import pytest
@@ -355,3 +356,24 @@ def test_kv_events_name_the_kind_of_our_blocks():
     )
     metadata = make_manager(make_spec(), FULL, window).kv_cache_event_metadata
     assert [kind for kind, _ in metadata] == ["full_attention", "full_attention", "sliding_window"]
+
+
+@pytest.mark.skipif(
+    "num_hash_lookahead_tokens" not in inspect.signature(KVCacheManager).parameters,
+    reason="vLLM 0.32 hashes a block at once",
+)
+def test_a_page_that_is_hashed_late_can_be_found():
+    """With a drafter, vLLM 0.33 hashes a block when the next token is known: a full page may have no hash yet."""
+    config = KVCacheConfig(POOL, [], [KVCacheGroupSpec(["layer.0"], make_spec())])
+    manager = KVCacheManager(
+        config, MAX_LEN, PAGE, PAGE, max_in_flight_tokens=2 * CHUNK, num_hash_lookahead_tokens=1
+    )
+    hasher = get_request_block_hasher(PAGE, sha256, 1)
+    prompt, params = [1] * (4 * PAGE), SamplingParams(max_tokens=9, ignore_eos=True)
+    first = Request("first", prompt, params, None, block_hasher=hasher)
+    assert prefill(manager, first) == 0
+    assert len(first.block_hashes) == 3
+    first.append_output_token_ids(7)
+    assert manager.allocate_slots(first, 1) is not None
+    second = Request("second", [*prompt, 7, 8, 9], params, None, block_hasher=hasher)
+    assert manager.get_computed_blocks(second)[1] == 4 * PAGE

@@ -117,8 +117,8 @@ class _Request:
 
     num_tokens: the maximum number of its tokens. kept_until: blocks live at least until this many tokens are settled.
     num_null: null pages in its table. query_block: all queries before this block are settled. next_release: the number
-    of settled tokens at which the next block is settled. next_full_page: the number of tokens at which the next page
-    is full and can be found by its hash.
+    of settled tokens at which the next block is settled. next_full_page: the number of hashed tokens at which the next
+    page is full and can be found by its hash.
     """
 
     num_tokens: int
@@ -167,9 +167,13 @@ class PowerAttentionManager(SingleTypeKVCacheManager):
         replay_boundaries: Sequence[int],
     ) -> None:
         known = self.requests.get(request.request_id) or self._meet(request)
-        if self.prefix_caching and num_tokens >= known.next_full_page:
+        if not self.prefix_caching:
+            return
+        # With a drafter, vLLM 0.33 hashes a block only when the tokens after it are known.
+        hashed = min(num_tokens, len(request.block_hashes) * self.block_pool.hash_block_size)
+        if hashed >= known.next_full_page:
             super().cache_blocks(request, num_tokens, retention_interval, replay_boundaries=replay_boundaries)
-            known.next_full_page = (num_tokens // self.block_size + 1) * self.block_size
+            known.next_full_page = (hashed // self.block_size + 1) * self.block_size
 
     def get_num_blocks_to_allocate(
         self,

@@ -63,6 +63,7 @@ def shape(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return make
 
 
+@pytest.mark.without_kernels
 @pytest.mark.parametrize(
     ("settings", "cause", "remedy"),
     [
@@ -89,6 +90,7 @@ def test_settings(
     assert remedy in refused
 
 
+@pytest.mark.without_kernels
 @pytest.mark.parametrize(
     ("model_type", "cause"),
     [("deepseek_v2", "MLA"), ("bert", "encoder-only"), ("whisper", "encoder-decoder")],
@@ -111,6 +113,7 @@ def test_model_with_windows_only(small_model: Callable[..., Path], worker: Worke
     worker.start(model, hf_overrides={"sliding_window": None})
 
 
+@pytest.mark.without_kernels
 def test_without_the_backend_nothing_is_refused(small_model: Callable[..., Path], worker: Worker) -> None:
     """The plugin minds its own backend only."""
     model = small_model("llama", num_heads=4, num_kv_heads=2)
@@ -119,6 +122,7 @@ def test_without_the_backend_nothing_is_refused(small_model: Callable[..., Path]
         assert worker.run(configuration.refusal, model, {**settings, "attention_backend": None}) is None
 
 
+@pytest.mark.without_kernels
 def test_command_with_a_wrong_option(small_model: Callable[..., Path], tmp_path: Path) -> None:
     log = failed_start(
         tmp_path,
