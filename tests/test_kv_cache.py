@@ -25,6 +25,10 @@ from support.kv_manager import (
     make_request,
     make_spec,
 )
+from vllm import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher
 from vllm.v1.kv_cache_interface import SlidingWindowSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request, RequestStatus
@@ -364,10 +368,7 @@ def test_kv_events_name_the_kind_of_our_blocks():
 )
 def test_a_page_that_is_hashed_late_can_be_found():
     """With a drafter, vLLM 0.33 hashes a block when the next token is known: a full page may have no hash yet."""
-    config = KVCacheConfig(POOL, [], [KVCacheGroupSpec(["layer.0"], make_spec())])
-    manager = KVCacheManager(
-        config, MAX_LEN, PAGE, PAGE, max_in_flight_tokens=2 * CHUNK, num_hash_lookahead_tokens=1
-    )
+    manager = make_manager(make_spec(), num_hash_lookahead_tokens=1)
     hasher = get_request_block_hasher(PAGE, sha256, 1)
     prompt, params = [1] * (4 * PAGE), SamplingParams(max_tokens=9, ignore_eos=True)
     first = Request("first", prompt, params, None, block_hasher=hasher)

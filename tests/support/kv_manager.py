@@ -29,7 +29,7 @@ def make_spec(name="power", max_in_flight=2 * CHUNK, lookahead=DRAFTS, page=PAGE
     )
 
 
-def make_manager(*specs, num_pages=POOL, caching=True, events=False) -> KVCacheManager:
+def make_manager(*specs, num_pages=POOL, caching=True, events=False, **more) -> KVCacheManager:
     groups = [KVCacheGroupSpec([f"layer.{number}"], spec) for number, spec in enumerate(specs)]
     config, page = KVCacheConfig(num_pages, [], groups), specs[0].block_size
     return KVCacheManager(
@@ -40,6 +40,7 @@ def make_manager(*specs, num_pages=POOL, caching=True, events=False) -> KVCacheM
         max_in_flight_tokens=2 * CHUNK,
         enable_caching=caching,
         enable_kv_cache_events=events,
+        **more,
     )
 
 
