@@ -42,7 +42,8 @@ faults: setup ## two minutes of the soak, and faults under load: killed processe
 	$(BIN)/pytest tests/soak
 
 test-033: setup | build/vllm-0.33.0 ## tests that need no kernels, under vLLM 0.33, which has no CPU build
-	VLLM_TARGET_DEVICE=cpu PYTHONPATH=$(CURDIR)/build/vllm-0.33.0 $(BIN)/pytest -m without_kernels --durations=10
+	VLLM_TARGET_DEVICE=cpu PYTHONPATH=$(CURDIR)/build/vllm-0.33.0 $(BIN)/pytest -m without_kernels \
+		--numprocesses auto --dist loadfile --durations=10
 
 # Only its Python is used, in front of the vLLM of .venv, whose packages it shares; .venv lacks only orjson.
 build/vllm-%: | setup

@@ -16,7 +16,7 @@ from vllm_power.tools.cli import app
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
 FOLDERS = ("vllm_power", "kernels", "tests", "deploy", "docker", "docs", ".ci")
-TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
+TARGETS = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
 
 FENCE = re.compile(r"^```.*?\n(.*?)^```", flags=re.M | re.S)
 LINK = re.compile(r"\]\(([^)\s]+)\)")

@@ -224,11 +224,12 @@ class PowerAttentionManager(SingleTypeKVCacheManager):
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """As vLLM's, with all pages that the request returned and that were not reused since: one order for all."""
         self.requests.pop(request_id, None)
-        pages = super().pop_blocks_for_free(request_id)
         if self.order is not None:
+            pages = self.req_to_blocks.get(request_id, [])
             for number, claim in self.returned.pop(request_id, {}).items():
                 pages[number] = self.order.hold_again(claim) or self._null_block
-        return pages
+        # Last, because vLLM 0.33 cuts the null pages off the start: then the numbers are no longer those of the table.
+        return super().pop_blocks_for_free(request_id)
 
     @classmethod
     def find_longest_cache_hit(
