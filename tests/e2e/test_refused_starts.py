@@ -117,7 +117,7 @@ def test_model_with_windows_only(small_model: Callable[..., Path], worker: Worke
 def test_without_the_backend_nothing_is_refused(small_model: Callable[..., Path], worker: Worker) -> None:
     """The plugin minds its own backend only."""
     model = small_model("llama", num_heads=4, num_kv_heads=2)
-    for settings in ({"block_size": 512}, {"additional_config": {"power": {"pattern": "pover"}}}):
+    for settings in ({"block_size": 16}, {"additional_config": {"power": {"pattern": "pover"}}}):
         assert worker.run(configuration.refusal, model, settings) is not None
         assert worker.run(configuration.refusal, model, {**settings, "attention_backend": None}) is None
 
