@@ -2,8 +2,7 @@
 
 Triton compiles a kernel at its first launch. So the first metadata build (during vLLM's own warm-up) runs a layer over
 dummy steps: prompts of every size class, their dense rows if our kernels compute those, and decode batches of every
-size class. No real data is read or written: the
-dummies see vLLM's null page, and their output is discarded.
+size class. No real data is read or written: the dummies see vLLM's null page, and their output is discarded.
 """
 
 from collections.abc import Callable

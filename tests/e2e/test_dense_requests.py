@@ -12,7 +12,7 @@ import torch
 from support import generation
 from support.engine_worker import Worker
 from support.prompts import random_tokens
-from support.row_rules import EVERYTHING, RULES, check, options
+from support.row_rules import EVERYTHING, RULES, TOO_SMALL, check, options
 
 STEPS = 20
 LENGTHS = (1100, 1088, 1000, 300, 1)
@@ -104,11 +104,7 @@ def test_preemption(name: str, model: Path, worker: Worker) -> None:
     prompts = [random_tokens(1020, seed) for seed in (1, 2, 3)]
     worker.start(
         model,
-        enable_prefix_caching=False,
-        block_size=64,
-        max_model_len=1280,
-        max_num_batched_tokens=300,
-        num_gpu_blocks_override=1 + 3 * 16 + 1,
+        **TOO_SMALL,
         additional_config=served(name, reclaim=False),
     )
     before = worker.call(generation.metrics)["vllm:num_preemptions"]

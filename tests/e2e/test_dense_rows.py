@@ -9,7 +9,7 @@ import torch
 from support import generation, poison
 from support.engine_worker import Worker
 from support.prompts import random_tokens
-from support.row_rules import PATTERN, RULES, check, options
+from support.row_rules import PATTERN, RULES, TOO_SMALL, check, options
 from support.tolerance import Allowed, rms, truth
 
 from vllm_power.pattern import RowRule
@@ -113,11 +113,7 @@ def test_preemption(name: str, model: Path, worker: Worker) -> None:
     prompts = [random_tokens(1020, seed) for seed in (1, 2, 3)]
     worker.start(
         model,
-        enable_prefix_caching=False,
-        block_size=64,
-        max_model_len=1280,
-        max_num_batched_tokens=300,
-        num_gpu_blocks_override=1 + 3 * 16 + 1,
+        **TOO_SMALL,
         additional_config=options(RULES[name], reclaim=False),
     )
     before = worker.call(generation.metrics)["vllm:num_preemptions"]

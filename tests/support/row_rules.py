@@ -21,6 +21,14 @@ RULES = {
     "trained": RowRule(),
 }
 EVERYTHING = RULES["all"]
+# Of an engine whose pool lacks pages for three prompts of 1,020 tokens and their answers, so that one is preempted.
+TOO_SMALL: dict[str, Any] = {
+    "enable_prefix_caching": False,
+    "block_size": 64,
+    "max_model_len": 1280,
+    "max_num_batched_tokens": 300,
+    "num_gpu_blocks_override": 1 + 3 * 16 + 1,
+}
 
 
 def options(rule: RowRule, **others: Any) -> dict[str, Any]:

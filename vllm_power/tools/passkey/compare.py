@@ -2,8 +2,6 @@
 
 import multiprocessing
 import os
-import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -47,9 +45,6 @@ def compare(
         return work(left, results, per_depth)
     spawn = multiprocessing.get_context("spawn")
     workers = [spawn.Process(target=work, args=(share, results, per_depth)) for share in shares]
-    before = signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(143)
-    )  # unwinds the stack, which stops the processes
     try:
         for number, worker in enumerate(workers):
             with _on_gpu(number % gpus if gpus else None):
@@ -61,7 +56,6 @@ def compare(
             if worker.is_alive():
                 worker.terminate()  # it saves a checkpoint
                 worker.join()
-        signal.signal(signal.SIGTERM, before)
     if failed := sum(worker.exitcode != 0 for worker in workers):
         raise Stopped(
             f"{failed} of {len(workers)} processes ended early: the same command continues from there"
