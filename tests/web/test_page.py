@@ -44,7 +44,7 @@ def test_the_numbers_are_the_patterns(explore: Page, tokens: int) -> None:
     savings = explore.text("savings")
     assert f"{len(visible)} of {blocks:,}" in savings
     density = 100 * POWER.density(tokens)
-    assert f"{density:.3g} %" in savings
+    assert f"{density:.3g}%" in savings
     live = lifetimes(POWER, last).live
     assert f"{max(live):,} of {blocks:,} blocks of KV cache" in savings
     assert f"{live[-1]:,} of {blocks:,} blocks" in savings
