@@ -34,7 +34,8 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_power import compat
-from vllm_power.kv_cache import PowerAttentionManager, PowerAttentionSpec
+from vllm_power.kv_cache import PowerAttentionManager
+from vllm_power.kv_cache_spec import PowerAttentionSpec
 from vllm_power.lifetimes import lifetimes
 from vllm_power.pattern import Pattern, preset
 

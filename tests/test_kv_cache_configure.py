@@ -6,9 +6,9 @@ import pytest
 import torch
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
-from vllm_power import kv_cache
+from vllm_power import kv_cache, refusals
 from vllm_power.cpu_backend import PowerCpuBackend
-from vllm_power.kv_cache import PowerAttentionSpec
+from vllm_power.kv_cache_spec import PowerAttentionSpec
 
 MAX_LEN = 1024
 
@@ -63,7 +63,7 @@ def test_two_engines_of_a_process_keep_their_patterns():
     """Both are built before vLLM asks for the specs of the first: no state outside the configurations."""
     full = FullAttentionSpec(block_size=256, num_kv_heads=2, head_size=64, dtype=torch.float32)
     configs = [config_with(power={"window_blocks": window}) for window in (2, 7)]
-    backends = [kv_cache.backend_of_engine(PowerCpuBackend, config, True) for config in configs]
+    backends = [kv_cache.backend_of_engine(PowerCpuBackend, config, [32], True) for config in configs]
     windows = [backend.customize_spec(full).pattern.window_blocks for backend in backends]
     assert windows == [2, 7]
     assert PowerCpuBackend.customize_spec(full) is full
@@ -73,7 +73,8 @@ def test_two_engines_of_a_process_keep_their_patterns():
 @pytest.mark.parametrize("reclaims", [True, False])
 def test_the_kernels_pages_divide_the_block(reclaims):
     config = config_with(power={"block_size": 64})
-    found = kv_cache.backend_of_engine(PowerCpuBackend, config, reclaims)
+    pages = refusals.kernel_pages(config, on_cpu=True)
+    found = kv_cache.backend_of_engine(PowerCpuBackend, config, pages, reclaims)
     assert found.get_supported_kernel_block_sizes() == [32, 64]
     full = FullAttentionSpec(block_size=64, num_kv_heads=2, head_size=64, dtype=torch.float32)
     assert isinstance(found.customize_spec(full), PowerAttentionSpec) == reclaims

@@ -7,7 +7,7 @@ from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
 
 from vllm_power import compat
-from vllm_power.kv_cache import PowerAttentionSpec
+from vllm_power.kv_cache_spec import PowerAttentionSpec
 
 LENGTH = 700
 

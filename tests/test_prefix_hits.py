@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_power.kv_cache import PowerAttentionSpec
+from vllm_power.kv_cache_spec import PowerAttentionSpec
 from vllm_power.lifetimes import lifetimes
 from vllm_power.pattern import POWER, preset
 from vllm_power.prefix_hits import longest_hits

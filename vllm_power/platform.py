@@ -77,9 +77,12 @@ class PowerPlatform:
         """Called in each worker after the model is built: the first moment at which the layers are known."""
         super().update_block_size_for_backend(vllm_config)  # type: ignore[misc]
         if is_selected(vllm_config):
-            refusals.kernel_page(vllm_config, on_cpu=cls.device_type == "cpu")
+            on_cpu = cls.device_type == "cpu"
+            refusals.kernel_page(vllm_config, on_cpu)
             reason = kv_cache.why_not(vllm_config) or _why_others_need_all(vllm_config)
-            _configure_layers(vllm_config, reclaims=reason is None)
+            _configure_layers(
+                vllm_config, refusals.kernel_pages(vllm_config, on_cpu), reclaims=reason is None
+            )
             _report(vllm_config, reason)
 
     @classmethod
@@ -87,7 +90,7 @@ class PowerPlatform:
         """Called in the engine's process before it creates its scheduler, and elsewhere without a configuration."""
         super().register_custom_kv_cache_specs(vllm_config)  # type: ignore[misc]
         if vllm_config is not None and is_selected(vllm_config):
-            from vllm_power.kv_cache import PowerAttentionSpec
+            from vllm_power.kv_cache_spec import PowerAttentionSpec
             from vllm_power.metrics.scheduler import CountedScheduler
             from vllm_power.scheduler import PowerScheduler
 
@@ -136,17 +139,17 @@ def _why_others_need_all(vllm_config: "VllmConfig") -> str | None:
     return None
 
 
-def _configure_layers(vllm_config: "VllmConfig", reclaims: bool) -> None:
+def _configure_layers(vllm_config: "VllmConfig", kernel_pages: list[int], reclaims: bool) -> None:
     """Give the layers that run the pattern, those that draft included, the pages and the KV cache spec of this engine.
 
-    reclaims: whether blocks are returned early.
+    kernel_pages, reclaims: as in :func:`kv_cache.backend_of_engine`.
     """
     ours: dict[type, type] = {}
     for _, layer, kind in list(attention_layers(vllm_config)):
         if kind == SPARSE:
             backend = layer.attn_backend
             if backend not in ours:
-                ours[backend] = kv_cache.backend_of_engine(backend, vllm_config, reclaims)
+                ours[backend] = kv_cache.backend_of_engine(backend, vllm_config, kernel_pages, reclaims)
             layer.attn_backend = ours[backend]
 
 

@@ -5,7 +5,8 @@ from typing import Any
 
 from vllm_power import options
 from vllm_power.dense_requests import DENSE, KEY, is_dense
-from vllm_power.kv_cache import PowerAttentionManager, PowerAttentionSpec
+from vllm_power.kv_cache import PowerAttentionManager
+from vllm_power.kv_cache_spec import PowerAttentionSpec
 from vllm_power.prefix_hashes import mark_dense_rows
 
 

@@ -12,7 +12,7 @@ from support.engine_worker import Worker
 from support.prompts import random_tokens
 from sweep import cpu_gaps, tiny
 
-from vllm_power.kv_cache import PowerAttentionSpec
+from vllm_power.kv_cache_spec import PowerAttentionSpec
 
 PROMPTS = [random_tokens(1500, 1), random_tokens(900, 2)]
 NEW = 6

@@ -8,7 +8,7 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request
 
-from vllm_power.kv_cache import PowerAttentionSpec
+from vllm_power.kv_cache_spec import PowerAttentionSpec
 from vllm_power.pattern import preset
 
 BLOCK, PAGE, MAX_LEN, POOL = 32, 16, 1024, 90

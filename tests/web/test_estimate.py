@@ -67,7 +67,7 @@ def test_tokens_read_are_those_that_the_definition_shows(name, position):
 
 @pytest.mark.parametrize("prompt, output", [(131_072, 1_024), (10_000, 1), (300, 5_000), (1, 1)])
 def test_blocks_held_are_those_of_the_cache_manager(prompt, output):
-    from vllm_power.kv_cache import PowerAttentionSpec
+    from vllm_power.kv_cache_spec import PowerAttentionSpec
 
     chunk = min(prompt, 2_048)
     spec = PowerAttentionSpec(
