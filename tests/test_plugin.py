@@ -10,6 +10,7 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.selector import AttentionSelectorConfig
 
+from vllm_power.metrics.shared_dir import VARIABLE
 from vllm_power.options import NAME
 from vllm_power.plugin import BACKEND, check_version, register
 
@@ -128,3 +129,13 @@ def test_selection_by_kind_counts():
     assert is_selected(config(power, None))
     assert is_selected(config(dense, {"full_attention": power}))
     assert not is_selected(config(None, {"full_attention": dense}))
+
+
+def test_rays_workers_get_the_folder_of_the_metrics(monkeypatch):
+    """Otherwise executor and layers of an engine on Ray are "unknown". vLLM has two executors for Ray."""
+    from vllm.ray.ray_env import get_env_vars_to_copy
+    from vllm.v1.executor.ray_env_utils import get_driver_env_vars
+
+    monkeypatch.setenv(VARIABLE, "/folder")
+    assert VARIABLE in get_env_vars_to_copy(additional_vars=set(current_platform.additional_env_vars))
+    assert get_driver_env_vars(set())[VARIABLE] == "/folder"

@@ -19,6 +19,7 @@ from vllm_power.layers import (
     is_draft,
     is_selected,
 )
+from vllm_power.metrics import shared_dir
 from vllm_power.options import NAME
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ class PowerPlatform:
     """Overrides of vLLM's Platform (vllm/platforms/interface.py) on every device."""
 
     device_type: str
+    # vLLM copies these to Ray's workers (v1/executor/ray_executor.py).
+    additional_env_vars: ClassVar[list[str]] = [shared_dir.VARIABLE]
     # Whether requests may ask for dense rows; None before an engine of ours is configured in this process.
     offers_dense: ClassVar[bool | None] = None
 
@@ -120,7 +123,7 @@ class PowerCpuPlatform(PowerPlatform):
 
 def _share_metrics() -> None:
     """Prepare the metrics of the engine in a process that starts or serves it. A failure is logged."""
-    from vllm_power.metrics import collector, shared_dir
+    from vllm_power.metrics import collector
 
     try:
         shared_dir.open_board()
