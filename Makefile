@@ -32,8 +32,14 @@ test-fast: setup ## tests that start no engine
 test-gpu: setup ## tests on an NVIDIA GPU: native kernels, and the engine
 	$(BIN)/pytest -m gpu
 
-sweep: setup ## serve a tiny model of every architecture of vLLM's registry, and make docs/models.md (an hour; resumes)
-	cd tests && PYTHONPATH=$(CURDIR) $(CURDIR)/$(BIN)/python -m sweep
+sweep: setup | build/torchvision ## serve a tiny model of every architecture of vLLM's registry, and make docs/models.md (an hour; resumes)
+	cd tests && PYTHONPATH=$(CURDIR):$(CURDIR)/build/torchvision $(CURDIR)/$(BIN)/python -m sweep
+
+# The processors of multimodal models import torchvision. PyPI's build for torch 2.13 has operators that need CUDA's
+# libraries. The processors use none of them, so only what describes these operators to torch.compile has to go.
+build/torchvision: | setup
+	$(BIN)/pip install --quiet --no-deps --target $@ torchvision==0.28.0
+	@: > $@/torchvision/_meta_registrations.py
 
 soak: setup ## load of every kind on a server on the CPU, then every answer again alone (MINUTES=30 of load)
 	cd tests && PYTHONPATH=$(CURDIR) $(CURDIR)/$(BIN)/python -m soak --minutes $(MINUTES) --folder $(CURDIR)/build/soak

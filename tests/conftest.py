@@ -13,10 +13,12 @@ HERE = Path(__file__).parent
 ON_A_GPU = (
     "kernels/",
     "test_gpu_backend.py",
+    "e2e/test_dense_requests.py",
     "e2e/test_dense_rows.py",
     "e2e/test_equality.py",
     "e2e/test_invariance.py",
     "e2e/test_reclaim.py",
+    "e2e/test_two_devices.py",
 )
 # These need vLLM's Python and none of its kernels; some tests elsewhere are marked themselves.
 WITHOUT_KERNELS = (

@@ -127,13 +127,13 @@ def test_reclamation_spares_dense_requests(name: str, model: Path, worker: Worke
         additional_config=served(name),
     )
     before = worker.call(generation.metrics)["vllm:num_preemptions"]
-    reclaimed = worker.call(pages_reclaimed)
+    reclaimed = worker.call(generation.reclaimed)
     results = worker.call(generation.greedy, prompts, STEPS, False, [0, 1])
-    assert worker.call(pages_reclaimed) == reclaimed
+    assert worker.call(generation.reclaimed) == reclaimed
     assert worker.call(generation.metrics)["vllm:num_preemptions"] == before
     check(model, results, prompts, EVERYTHING)
     results = worker.call(generation.greedy, prompts, STEPS, False, [0])
-    assert worker.call(pages_reclaimed) > reclaimed
+    assert worker.call(generation.reclaimed) > reclaimed
     check(model, results, prompts, rules(name, 2, (0,)))
 
 
@@ -175,8 +175,3 @@ def evict(llm: Any, page: int) -> None:
     pool = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
     cached = [block for block in pool.blocks if block.block_hash is not None]
     pool._maybe_evict_cached_block(sorted(cached, key=lambda block: block.block_id)[page])
-
-
-def pages_reclaimed(llm: Any) -> int:
-    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
-    return sum(m.num_reclaimed for m in scheduler.kv_cache_manager.coordinator.single_type_managers)

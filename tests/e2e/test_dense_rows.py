@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -171,14 +170,7 @@ def test_reclamation_waits_for_the_tail(model: Path, worker: Worker) -> None:
     worker.start(model, block_size=64, max_num_batched_tokens=500, additional_config=given)
     results = worker.call(generation.greedy, prompts, STEPS)
     check(model, results, prompts, rule)
-    assert worker.call(reclaimed) > 20
+    assert worker.call(generation.reclaimed) > 20
     worker.start(model, block_size=64, additional_config=options(RULES["training-free"]))
     worker.call(generation.greedy, prompts, STEPS)
-    assert worker.call(reclaimed) is None
-
-
-def reclaimed(llm: Any) -> int | None:
-    """Pages that the engine gave back early so far; None if it does not reclaim. In the engine's process."""
-    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
-    (manager,) = scheduler.kv_cache_manager.coordinator.single_type_managers
-    return getattr(manager, "num_reclaimed", None)
+    assert worker.call(generation.reclaimed) is None

@@ -115,16 +115,6 @@ def test_preemption(model: Path, worker: Worker, allowed: Allowed) -> None:
     check_same(results, alone, allowed)
 
 
-@pytest.mark.cpu
-def test_tensor_parallel(
-    model: Path, another_worker: Callable[..., Worker], expected: list[generation.Generated], allowed: Allowed
-) -> None:
-    worker = another_worker(VLLM_CPU_OMP_THREADS_BIND="nobind", OMP_NUM_THREADS="1")
-    worker.start(model, tensor_parallel_size=2)
-    assert "world_size=2" in worker.log.read_text()
-    check_same(worker.call(generation.greedy, PROMPTS, STEPS), expected, allowed)
-
-
 def test_speculative_decoding(
     model: Path, worker: Worker, another_worker: Callable[..., Worker], allowed: Allowed
 ) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import openai
 import pytest
 from support import shared_server
-from support.generation import Generated
+from support.completions import complete, generated
 from support.prompts import random_tokens
 from support.row_rules import EVERYTHING, RULES, check
 
@@ -52,25 +52,6 @@ def client(server: Server) -> Iterator[openai.OpenAI]:
         yield client
 
 
-def complete(
-    client: openai.OpenAI, prompt: list[int], steps: int = STEPS, stream: bool = False, **xargs: Any
-) -> Any:
-    return client.completions.create(
-        model=client.models.list().data[0].id,
-        prompt=prompt,
-        max_tokens=steps,
-        temperature=0,
-        logprobs=0,
-        stream=stream,
-        extra_body={"ignore_eos": True, "return_token_ids": True, "vllm_xargs": xargs},
-    )
-
-
-def generated(completion: Any) -> Generated:
-    (choice,) = completion.choices
-    return Generated(choice.token_ids, choice.logprobs.token_logprobs, [], 0)
-
-
 def gauge(server: Server, name: str) -> float:
     with urllib.request.urlopen(f"{server.url}/metrics", timeout=10) as answer:
         text = answer.read().decode()
@@ -80,8 +61,8 @@ def gauge(server: Server, name: str) -> float:
 
 def test_a_dense_request_beside_another(client: openai.OpenAI, model: Path) -> None:
     with ThreadPoolExecutor(2) as pool:
-        asked = pool.submit(complete, client, PROMPTS[0], power="dense")
-        other = pool.submit(complete, client, PROMPTS[1])
+        asked = pool.submit(complete, client, PROMPTS[0], STEPS, power="dense")
+        other = pool.submit(complete, client, PROMPTS[1], STEPS)
         results = [generated(asked.result()), generated(other.result())]
     check(model, results, PROMPTS, [EVERYTHING, RULE])
 
@@ -108,8 +89,8 @@ def test_the_others_go_on_when_a_client_hangs_up(client: openai.OpenAI, server: 
         leaving = [pool.submit(hang_up, 1), pool.submit(hang_up, 2, power="dense")]
         begun.wait(60)
         staying = [
-            pool.submit(complete, client, PROMPTS[0]),
-            pool.submit(complete, client, PROMPTS[1], power="dense"),
+            pool.submit(complete, client, PROMPTS[0], STEPS),
+            pool.submit(complete, client, PROMPTS[1], STEPS, power="dense"),
         ]
         for one in leaving:
             one.result()

@@ -70,6 +70,14 @@ def metrics(llm: Any) -> dict[str, float]:
     return values
 
 
+def reclaimed(llm: Any) -> int | None:
+    """Pages that the engine gave back early so far; None if it does not reclaim."""
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    managers = scheduler.kv_cache_manager.coordinator.single_type_managers
+    counts = [manager.num_reclaimed for manager in managers if hasattr(manager, "num_reclaimed")]
+    return sum(counts) if counts else None
+
+
 def resident_bytes() -> int:
     """Memory of this process, after whatever Python can free is free."""
     import gc

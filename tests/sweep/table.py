@@ -21,6 +21,10 @@ HEAD = """\
 
 What became of every text-generating architecture in the model registry of vLLM 0.32, each tried as a tiny random model
 in float32 on a CPU. `make sweep` makes this page (tests/sweep); do not edit it.
+
+Of multimodal models, the text side is tried (`--language-model-only`). vLLM imports torchvision for most of them, which
+`make setup` leaves out on a CPU: install it with
+`pip install torchvision==0.28.0+cpu --index-url https://download.pytorch.org/whl/cpu`.
 """
 
 COLUMNS = """

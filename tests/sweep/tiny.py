@@ -137,10 +137,15 @@ NEEDS: dict[str, dict[str, Any]] = {
     "olmo_hybrid": {"layer_types": [LINEAR, FULL] * 2},
     "gpt2": {"n_inner": None},
     "gptj": {"rotary_dim": 16},
-    "minimax_m2": {"rotary_dim": 16},
+    "minimax_m2": {"rotary_dim": 16, "scoring_func": "sigmoid"},
     "mistral": {"sliding_window": None},
     "mamba2": {"num_heads": 8},
-    "hy_v3": {"first_k_dense_replace": 1},
+    "hy_v3": {"first_k_dense_replace": 1, "expert_hidden_dim": 64, "route_norm": True},
+    "laguna": {
+        "layer_types": [SLIDING, FULL] * 2,
+        "mlp_layer_types": ["dense", "sparse"] * 2,
+        "num_attention_heads_per_layer": [4] * 4,
+    },
     "llama4_text": {"num_experts_per_tok": 1, "no_rope_layers": [1, 1, 1, 0]},
     "afmoe": {
         "score_func": "sigmoid",
@@ -150,6 +155,8 @@ NEEDS: dict[str, dict[str, Any]] = {
         "topk_group": 1,
     },
     "glm4_moe": {"head_dim": 32},
+    "glm4v_moe_text": {"head_dim": 32, "use_qk_norm": False},
+    "qwen3_vl_moe_text": {"norm_topk_prob": True, "moe_intermediate_size": 128},
 }
 
 
@@ -175,6 +182,8 @@ def tiny_fields(default: Any) -> dict[str, Any]:
         fields["rope_parameters"] = {**rope, "mrope_section": [SIZES["head_dim"] // 2 - sum(pairs), *pairs]}
     for name in default.sub_configs:
         sub = given.get(name)
+        if sub is None and name == "vision_config":
+            sub = default.sub_configs[name]()  # Gemma 4 has none by default, and vLLM wants one
         if sub is not None:
             fields[name] = {"model_type": sub.model_type, **tiny_fields(sub)}
     return fields | NEEDS.get(default.model_type, {})
