@@ -120,6 +120,34 @@ def tell_kv_cache_kind(spec: type) -> None:
         module.get_kv_cache_spec_kind = kind_of
 
 
+def offload_pages(spec: type, connector_scheduler: type) -> None:
+    """Let vLLM's OffloadingConnector take KV cache groups of ``spec``, as windows as long as the longest sequence.
+
+    connector_scheduler: a subclass of the connector's scheduler side that plans their loads.
+
+    Why: the connector knows only vLLM's own spec classes (``get_sliding_window_size_in_chunks``, which vLLM 0.33 moved
+    from offloading/scheduler.py to offloading/config.py and also calls in the workers), and it loads only pages
+    without holes between them.
+    Symptom: an AssertionError without a message at start.
+    Remove when: the connector asks a group's manager which pages a hit needs.
+    """
+    from vllm.distributed.kv_transfer.kv_connector.v1 import offloading_connector
+    from vllm.distributed.kv_transfer.kv_connector.v1.offloading import config, scheduler
+
+    offloading_connector.OffloadingConnectorScheduler = connector_scheduler
+    name = "get_sliding_window_size_in_chunks"
+    _wrap(scheduler if hasattr(scheduler, name) else config, name, partial(_knowing_window_of, spec))
+
+
+def _knowing_window_of(spec: type, original: Any) -> Any:
+    def window(found: Any, tokens_per_chunk: int) -> int | None:
+        if isinstance(found, spec):
+            return -(-found.max_model_len // tokens_per_chunk)
+        return original(found, tokens_per_chunk)
+
+    return window
+
+
 def replace_backend(layer: Any, backend: Any, implementation: Any) -> None:
     """Make a built attention layer run another backend. Call this before vLLM asks the layer for its KV cache spec.
 

@@ -24,10 +24,10 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request
 
-from vllm_power import compat, options
+from vllm_power import compat, connectors, options
 from vllm_power.dense_requests import is_dense
 from vllm_power.eviction import Claim, EvictionOrder
-from vllm_power.kv_cache_spec import PowerAttentionSpec
+from vllm_power.kv_cache_spec import PowerAttentionSpec, most_tokens
 from vllm_power.pattern import ENDLESS
 from vllm_power.prefix_hashes import are_dense_request
 from vllm_power.prefix_hits import longest_hits
@@ -112,17 +112,17 @@ class PowerAttentionManager(SingleTypeKVCacheManager):
         needed = super().get_num_blocks_to_allocate(
             request_id,
             num_tokens,
-            new_computed_blocks
-            and self._seen_after(request_id, new_computed_blocks, num_local_computed_tokens),
+            new_computed_blocks and self._seen_after(request_id, new_computed_blocks, total_computed_tokens),
             total_computed_tokens,
             num_local_computed_tokens,
             num_tokens_main_model,
             False,
             prefill_end,
         )
+        needed -= self._to_load(request_id, num_local_computed_tokens, total_computed_tokens).count(False)
         if not apply_admission_cap or self._keeps_all(request_id):
             return needed
-        known = self.requests.get(request_id) or _Request(self.kv_cache_spec.max_model_len)
+        known = self.requests.get(request_id) or self._unmet(request_id)
         peak = self.kv_cache_spec.peak_pages(known.query_block, known.num_tokens)
         held = len(self.req_to_blocks.get(request_id, ())) - known.num_null
         return min(needed, max(peak - held, 0))
@@ -135,13 +135,30 @@ class PowerAttentionManager(SingleTypeKVCacheManager):
         num_external_computed_tokens: int,
     ) -> None:
         """As vLLM's, but the request holds only those pages of its hit that a query after it can see."""
-        seen = self._seen_after(request_id, new_computed_blocks, num_local_computed_tokens)
+        num_computed_tokens = num_local_computed_tokens + num_external_computed_tokens
+        seen = self._seen_after(request_id, new_computed_blocks, num_computed_tokens)
         for number, (page, kept) in enumerate(zip(new_computed_blocks, seen, strict=True)):
             if kept.is_null and not page.is_null:
                 self._claim(request_id, number, page)
         super().add_local_computed_blocks(
             request_id, seen, num_local_computed_tokens, num_external_computed_tokens
         )
+
+    def allocate_external_computed_blocks(
+        self,
+        request_id: str,
+        num_local_computed_tokens: int,
+        num_external_computed_tokens: int,
+        record_for_zeroing: bool = True,
+    ) -> None:
+        """Pages for what a KV connector loads: only those that a query after it can see."""
+        num_computed_tokens = num_local_computed_tokens + num_external_computed_tokens
+        to_load = self._to_load(request_id, num_local_computed_tokens, num_computed_tokens)
+        pages = self.block_pool.get_new_blocks(sum(to_load))
+        if self._record_new_block_ids and record_for_zeroing:
+            self.new_block_ids += [page.block_id for page in pages]
+        following = iter(pages)
+        self.req_to_blocks[request_id] += [next(following) if load else self._null_block for load in to_load]
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """As vLLM's, with all pages that the request returned and that were not reused since: one order for all."""
@@ -199,12 +216,10 @@ class PowerAttentionManager(SingleTypeKVCacheManager):
 
     def _meet(self, request: Request) -> _Request:
         """Record the maximum length of a request at its first allocation. Pages that its prefix hit skips are null."""
-        limit = kept_until = self.kv_cache_spec.max_model_len
-        if not getattr(request, "resumable", False):  # a resumable request may get more prompt later
-            limit = min(limit, request.num_prompt_tokens + request.max_tokens)
-            kept_until = request.num_prompt_tokens
-        if not self.kv_cache_spec.dense_tail:
-            kept_until = 0
+        spec = self.kv_cache_spec
+        limit, kept_until = most_tokens(request, spec.max_model_len), 0
+        if spec.dense_tail:  # a resumable request may get more prompt later
+            kept_until = spec.max_model_len if getattr(request, "resumable", False) else request.num_prompt_tokens
         if self._keeps_all(request.request_id):
             kept_until = ENDLESS
         num_null = sum(page.is_null for page in self.req_to_blocks[request.request_id])
@@ -215,15 +230,30 @@ class PowerAttentionManager(SingleTypeKVCacheManager):
         self.enable_caching = self.prefix_caching
         return met
 
+    def _needed_by(self, request_id: str) -> Sequence[int]:
+        request = self.known_requests.get(request_id)
+        return self.kv_cache_spec.needed_by(request) if request else self.kv_cache_spec.needed_until(False)
+
     def _seen_after(
         self, request_id: str, pages: Sequence[KVCacheBlock], num_tokens: int
     ) -> list[KVCacheBlock]:
         """The pages of a hit of ``num_tokens`` tokens, null for those that no query after it can see."""
-        needed_until = self.kv_cache_spec.needed_until(self._keeps_all(request_id))
+        needed_until = self._needed_by(request_id)
         return [
             page if until * self.block_size > num_tokens else self._null_block
             for page, until in zip(pages, needed_until, strict=False)
         ]
+
+    def _to_load(self, request_id: str, num_local_tokens: int, num_tokens: int) -> list[bool]:
+        """For each page between a local hit and the end of what a KV connector loads: whether a later query sees it."""
+        needed_until = self._needed_by(request_id)
+        pages = slice(-(-num_local_tokens // self.block_size), -(-num_tokens // self.block_size))
+        return [until * self.block_size > num_tokens for until in needed_until[pages]]
+
+    def _unmet(self, request_id: str) -> _Request:
+        """Of a request that has no pages yet, or waits for a KV connector to load them."""
+        num_null = sum(page.is_null for page in self.req_to_blocks.get(request_id, ()))
+        return _Request(self.kv_cache_spec.max_model_len, num_null=num_null)
 
     def _claim(self, request_id: str, number: int, page: KVCacheBlock) -> None:
         if self.order is not None and page.block_hash is not None:
@@ -264,8 +294,8 @@ def why_not(vllm_config: VllmConfig) -> str | None:
     asked = options.of_config(vllm_config)
     if not asked.reclaim:
         return "the option reclaim is false"
-    if vllm_config.kv_transfer_config is not None:
-        return "a KV connector transfers whole sequences"
+    if reason := connectors.why_not(vllm_config):
+        return reason
     if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
         return "--disable-hybrid-kv-cache-manager leaves only full attention"
     if asked.effective_pattern.name == "full":

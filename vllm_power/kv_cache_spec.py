@@ -14,7 +14,9 @@ from functools import lru_cache
 
 from vllm.config import VllmConfig
 from vllm.v1.kv_cache_interface import AttentionSpec
+from vllm.v1.request import Request
 
+from vllm_power.dense_requests import is_dense
 from vllm_power.lifetimes import Lifetimes, lifetimes
 from vllm_power.pattern import Pattern
 
@@ -66,18 +68,19 @@ class PowerAttentionSpec(AttentionSpec):
 
     def lifetimes(self, num_tokens: int) -> Lifetimes:
         """The lives of the blocks of a request that never exceeds ``num_tokens`` tokens."""
-        # The last sampled token never becomes a query.
-        last_query = min(max(num_tokens - 2, 0) + self.lookahead_tokens, self.max_model_len - 1)
-        return lifetimes(self.pattern, last_query // self.pattern.block_size)
+        return lifetimes(self.pattern, self._last_query(num_tokens) // self.pattern.block_size)
 
     def needed_until(self, every_row: bool) -> Sequence[int]:
         """For each page of max_model_len tokens: a prefix hit of fewer pages than this needs it.
 
         every_row: all rows see everything.
         """
-        # The prompt's tail, or every row, reads all of it.
-        reads_all = bool(self.dense_tail) or every_row
-        return _needed_until(self.pattern, self.max_model_len, self.block_size, reads_all)
+        return self._needed_until(every_row, self.max_model_len - 1)
+
+    def needed_by(self, request: Request) -> Sequence[int]:
+        """As :meth:`needed_until`, for this request and each of its pages with queries."""
+        every_row = self.dense_requests and is_dense(request.sampling_params)
+        return self._needed_until(every_row, self._last_query(most_tokens(request, self.max_model_len)))
 
     def peak_pages(self, query_block: int, num_tokens: int) -> int:
         """The most pages that a request of up to ``num_tokens`` tokens holds from ``query_block`` on.
@@ -91,16 +94,36 @@ class PowerAttentionSpec(AttentionSpec):
         peak = (lives.peak_from[min(query_block, lives.last)] + in_flight) * self.most_pages_per_block
         return min(peak, -(-num_tokens // self.block_size))
 
+    def _last_query(self, num_tokens: int) -> int:
+        """The last query of a request that never exceeds ``num_tokens`` tokens."""
+        # The last sampled token never becomes a query.
+        return min(max(num_tokens - 2, 0) + self.lookahead_tokens, self.max_model_len - 1)
+
+    def _needed_until(self, every_row: bool, last_query: int) -> Sequence[int]:
+        last_block = last_query // self.pattern.block_size
+        num_pages = -(-min((last_block + 1) * self.pattern.block_size, self.max_model_len) // self.block_size)
+        # The prompt's tail, or every row, reads all of it.
+        reads_all = bool(self.dense_tail) or every_row
+        return _needed_until(self.pattern, last_block, num_pages, self.block_size, reads_all)
+
+
+def most_tokens(request: Request, max_model_len: int) -> int:
+    """The most tokens that a request may ever have."""
+    if getattr(request, "resumable", False):  # it may get more prompt later
+        return max_model_len
+    return min(max_model_len, request.num_prompt_tokens + request.max_tokens)
+
 
 def _blocks_of(page: int, page_size: int, block_size: int) -> range:
     return range(page * page_size // block_size, -(-(page + 1) * page_size // block_size))
 
 
-@lru_cache(maxsize=8)  # two per engine of the process
-def _needed_until(pattern: Pattern, max_model_len: int, page_size: int, reads_all: bool) -> Sequence[int]:
-    """:meth:`PowerAttentionSpec.needed_until`, int32."""
+@lru_cache(maxsize=64)  # two per engine of the process, and a few for the lengths of its requests
+def _needed_until(
+    pattern: Pattern, last: int, num_pages: int, page_size: int, reads_all: bool
+) -> Sequence[int]:
+    """:meth:`PowerAttentionSpec.needed_until` up to the query block ``last``, [num_pages], int32."""
     block_size = pattern.block_size
-    last, num_pages = (max_model_len - 1) // block_size, -(-max_model_len // page_size)
 
     def pages_until(reader: int) -> int:
         return -(-(reader + 1) * block_size // page_size)

@@ -86,6 +86,8 @@ class PowerPlatform:
             _configure_layers(
                 vllm_config, refusals.kernel_pages(vllm_config, on_cpu), reclaims=reason is None
             )
+            if reason is None:
+                _prepare_connector(vllm_config)
             _report(vllm_config, reason)
 
     @classmethod
@@ -99,6 +101,8 @@ class PowerPlatform:
 
             compat.extend_scheduler(vllm_config, CountedScheduler, PowerScheduler)
             compat.tell_kv_cache_kind(PowerAttentionSpec)
+            if kv_cache.why_not(vllm_config) is None:
+                _prepare_connector(vllm_config)
 
     @classmethod
     def _choose_page(cls, vllm_config: "VllmConfig") -> None:
@@ -140,6 +144,15 @@ def _why_others_need_all(vllm_config: "VllmConfig") -> str | None:
         if target in kinds and kind != SPARSE and kinds[target][1] == SPARSE:
             return f"{name} does not run the pattern and reads the KV cache of {target}"
     return None
+
+
+def _prepare_connector(vllm_config: "VllmConfig") -> None:
+    """Prepare vLLM's KV connector, if one is in use, for pages that are returned early. In each process that has it."""
+    if vllm_config.kv_transfer_config is not None:
+        from vllm_power.kv_cache_spec import PowerAttentionSpec
+        from vllm_power.offloading import PowerOffloadingScheduler
+
+        compat.offload_pages(PowerAttentionSpec, PowerOffloadingScheduler)
 
 
 def _configure_layers(vllm_config: "VllmConfig", kernel_pages: list[int], reclaims: bool) -> None:
@@ -193,7 +206,7 @@ def _report(vllm_config: "VllmConfig", reason: str | None) -> None:
         num_layers,
         f" (not {', '.join(map(str, others))})" if others else "",
         f" and {drafting} that draft" if drafting else "",
-        f"off: {reason}" if reason else "on",
+        _reclamation(vllm_config, reason),
         asked.mode,
         options.why_mode(vllm_config),
         _row_rule(asked),
@@ -208,6 +221,13 @@ ADVICE = (
     ". `vllm-power calibrate` finds the dense layers that this model needs; after `vllm-power adapt` decode and memory "
     "follow the pattern too"
 )
+
+
+def _reclamation(vllm_config: "VllmConfig", reason: str | None) -> str:
+    if reason is not None:
+        return f"off: {reason}"
+    transfer = vllm_config.kv_transfer_config
+    return "on" if transfer is None else f"on, {transfer.kv_connector} keeps copies"
 
 
 def _row_rule(asked: options.PowerOptions) -> str:
