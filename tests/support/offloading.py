@@ -159,8 +159,8 @@ class OffloadedEngine:
         self.worker = OffloadingConnectorWorker(offloading, config, kv_cache_config)
         self.worker.worker = self.copies
         self.known: dict[str, Known] = {}
-        self.answers: dict[str, list[int]] = {}  # of the requests that ran to their end
-        self.preemptions = self.external = self.peak = 0
+        self.cached: dict[str, int] = {}  # by request id: the tokens that were not computed for its prompt
+        self.preemptions = 0
         self._added = 0
         self._handed_out: list[int] = []
         self._to_settle: deque[Any] = deque()
@@ -193,6 +193,16 @@ class OffloadedEngine:
     def abort(self, request: Request) -> None:
         self.scheduler.finish_requests(request.request_id, RequestStatus.FINISHED_ABORTED)
 
+    def forget(self, keys: list[bytes]) -> None:
+        """Drop pages from host memory, except those that are being copied."""
+        host = self.connector.manager
+        for key in keys:
+            chunk = host._policy.get(key)
+            if chunk is not None and chunk.ref_cnt == 0:
+                host._policy.remove(key)
+                host._free_chunk(chunk)
+                host._num_evictable_cache_chunks -= 1
+
     def step(self) -> None:
         self._squeezed_for -= 1
         if self._squeezed_for < 0:
@@ -202,7 +212,6 @@ class OffloadedEngine:
         self.preemptions += len(planned.preempted_req_ids or ())
         handed_out, self._handed_out = self._handed_out, []
         self._to_settle.append((planned, self._execute(planned, handed_out)))
-        self.peak = max(self.peak, len(self.pages) - 1 - self.free_pages)
         while len(self._to_settle) > (1 if self.overlapping and planned.total_num_scheduled_tokens else 0):
             self.scheduler.update_from_output(*self._to_settle.popleft())
 
@@ -262,7 +271,7 @@ class OffloadedEngine:
         starts = {}
         for new in planned.scheduled_new_reqs:
             self.known[new.req_id].tables = [list(ids) for ids in new.block_ids]
-            starts[new.req_id] = new.num_computed_tokens
+            starts[new.req_id] = self.cached[new.req_id] = new.num_computed_tokens
         cached = planned.scheduled_cached_reqs
         for name, ids, start in zip(
             cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
