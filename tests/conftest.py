@@ -29,6 +29,7 @@ WITHOUT_KERNELS = (
     "test_gpu_backend.py",
     "test_kv_",
     "test_lifetimes.py",
+    "test_offloading.py",
     "test_options.py",
     "test_plugin.py",
     "test_prefix_",

@@ -1,26 +1,25 @@
 """vLLM's scheduler with its real OffloadingConnector, over pages and host memory that are arrays of integers.
 
-The worker side is vLLM's too, down to the copies. Those are made as late as a device may make them: a copy reads its
-page some steps after it was submitted, or when the worker waits for it. A page is poisoned when it is handed out, and
+The worker side is vLLM's too, down to the copies (``support.late_copies``). A page is poisoned when it is handed out, and
 so is host memory, and each slot that a query sees must hold what belongs there.
 """
 
 import random
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from support.late_copies import LateCopies
 from vllm import EngineArgs, SamplingParams
 from vllm.config import KVTransferConfig, VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.worker import OffloadingConnectorWorker
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheConfig, KVCacheGroupSpec
-from vllm.v1.kv_offload.base import OffloadingWorker, TransferResult
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
@@ -65,43 +64,22 @@ def configuration(overlapping: bool = False, power: dict[str, Any] | None = None
         yield config
 
 
-class LateCopies(OffloadingWorker):
-    """Copies between ``pages`` and ``host``, [number, slot] each, at the last moment."""
+class LateArrayCopies(LateCopies):
+    """Between ``pages`` and ``host``, [number, slot] each. Host memory is poisoned when it is handed out."""
 
     def __init__(self, pages: np.ndarray, host: np.ndarray, dice: random.Random) -> None:
-        self.pages, self.host, self.dice = pages, host, dice
-        self.queues: tuple[deque[Any], deque[Any]] = (deque(), deque())  # stores, loads: each in its order
-        self.done: list[int] = []
-        self.loaded = 0
+        super().__init__(dice)
+        self.pages, self.host = pages, host
 
     def submit_store(self, job_id: int, src_spec: Any, dst_spec: Any) -> bool:
         self.host[dst_spec.block_ids] = POISON
-        self.queues[0].append((job_id, src_spec.block_ids, dst_spec.block_ids))
-        return True
+        return super().submit_store(job_id, src_spec, dst_spec)
 
-    def submit_load(self, job_id: int, src_spec: Any, dst_spec: Any) -> bool:
-        self.loaded += len(dst_spec.block_ids)
-        self.queues[1].append((job_id, src_spec.block_ids, dst_spec.block_ids))
-        return True
-
-    def get_finished(self) -> list[TransferResult]:
-        for kind, queue in enumerate(self.queues):
-            while queue and self.dice.random() < 0.4:
-                self._copy_next(kind)
-        done, self.done = self.done, []
-        return [TransferResult(job_id=job, success=True) for job in done]
-
-    def wait(self, job_ids: set[int]) -> None:
-        for kind, queue in enumerate(self.queues):
-            while any(job in job_ids for job, _, _ in queue):
-                self._copy_next(kind)
-
-    def _copy_next(self, kind: int) -> None:
-        job, source, target = self.queues[kind].popleft()
-        read, written = (self.pages, self.host) if kind == 0 else (self.host, self.pages)
-        assert len(source) == len(target)
-        written[target] = read[source]
-        self.done.append(job)
+    def copy(self, is_store: bool, group_sizes: Sequence[int], pages: Any, chunks: Any) -> None:
+        if is_store:
+            self.host[chunks] = self.pages[pages]
+        else:
+            self.pages[pages] = self.host[chunks]
 
 
 @dataclass
@@ -154,7 +132,7 @@ class OffloadedEngine:
         self.connector = self.scheduler.connector.connector_scheduler
         self.specs, self.dice = specs, random.Random(seed)
         self.pages = np.full((pages, PAGE), POISON)
-        self.copies = LateCopies(self.pages, np.full((host_pages, PAGE), POISON), self.dice)
+        self.copies = LateArrayCopies(self.pages, np.full((host_pages, PAGE), POISON), self.dice)
         offloading = SimpleNamespace(replicated_layout=False)
         self.worker = OffloadingConnectorWorker(offloading, config, kv_cache_config)
         self.worker.worker = self.copies
