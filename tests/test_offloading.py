@@ -50,7 +50,7 @@ def converse(engine: OffloadedEngine, steps: int, seed: int, dense: float = 0, b
             engine.abort(request)
         if dice.random() < 0.01:
             counts["resets"] += 1
-            scheduler.reset_prefix_cache(reset_connector=True)  # requests go on
+            scheduler.reset_prefix_cache(reset_connector=True)  # requests continue
         if dice.random() < 0.1 and (keys := list(host._policy.chunks)):
             engine.forget(dice.sample(keys, min(4, len(keys))))
         if dice.random() < 0.02:
@@ -74,7 +74,16 @@ def converse(engine: OffloadedEngine, steps: int, seed: int, dense: float = 0, b
         ([DENSE_TAIL], 90, 200, True, {}),
         ([DENSE_REQUESTS], 130, 200, True, {"dense": 0.3}),
     ],
-    ids=["one", "few_pages", "small_host", "busy_host", "no_caching", "groups", "dense_tail", "dense_requests"],
+    ids=[
+        "one",
+        "few_pages",
+        "small_host",
+        "busy_host",
+        "no_caching",
+        "groups",
+        "dense_tail",
+        "dense_requests",
+    ],
 )
 def test_random_conversations(specs, pages, host_pages, caching, more, overlapping):
     """14,400 steps in all."""
@@ -86,8 +95,6 @@ def test_random_conversations(specs, pages, host_pages, caching, more, overlappi
             happened += converse(engine, 450, seed, **more)
     wanted = ("loaded", "aborts", "preemptions", "resets")
     assert all(happened[kind] for kind in wanted)
-
-
 
 
 # --- one conversation -----------------------------------------------------------------------------------------------
@@ -152,6 +159,11 @@ def test_a_load_fits_into_a_pool_of_less_than_its_pages():
         prompt = words(random.Random(2), 940)
         assert ask(engine, prompt, 2) == 0
         assert ask(engine, [*prompt, 3], 2) == 928 > LEAST * PAGE
+
+
+def test_copies_are_told_to_routers_as_those_of_full_attention(engine):
+    (group,) = engine.connector.config.kv_group_configs
+    assert group.kv_event_group_spec.kv_cache_spec_kind == "full_attention"
 
 
 def test_as_many_pages_are_held_after_prefill_as_without_a_connector(engine):

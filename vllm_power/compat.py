@@ -114,8 +114,13 @@ def tell_kv_cache_kind(spec: type) -> None:
             return kv_cache_interface.KVCacheSpecKind.FULL_ATTENTION
         return original(found)
 
-    users = ("core.kv_cache_manager", "engine.core", "simple_kv_offload.manager")
-    modules = (sys.modules.get(f"vllm.v1.{user}") for user in users)
+    users = (
+        "distributed.kv_transfer.kv_connector.v1.offloading.events",
+        "v1.core.kv_cache_manager",
+        "v1.engine.core",
+        "v1.simple_kv_offload.manager",
+    )
+    modules = (sys.modules.get(f"vllm.{user}") for user in users)
     for module in (kv_cache_interface, *filter(None, modules)):
         module.get_kv_cache_spec_kind = kind_of
 
@@ -139,7 +144,7 @@ def offload_pages(spec: type, connector_scheduler: type) -> None:
     _wrap(scheduler if hasattr(scheduler, name) else config, name, partial(_knowing_window_of, spec))
 
 
-def _knowing_window_of(spec: type, original: Any) -> Any:
+def _knowing_window_of(spec: Any, original: Any) -> Any:
     def window(found: Any, tokens_per_chunk: int) -> int | None:
         if isinstance(found, spec):
             return -(-found.max_model_len // tokens_per_chunk)

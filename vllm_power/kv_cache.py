@@ -219,7 +219,9 @@ class PowerAttentionManager(SingleTypeKVCacheManager):
         spec = self.kv_cache_spec
         limit, kept_until = most_tokens(request, spec.max_model_len), 0
         if spec.dense_tail:  # a resumable request may get more prompt later
-            kept_until = spec.max_model_len if getattr(request, "resumable", False) else request.num_prompt_tokens
+            kept_until = (
+                spec.max_model_len if getattr(request, "resumable", False) else request.num_prompt_tokens
+            )
         if self._keeps_all(request.request_id):
             kept_until = ENDLESS
         num_null = sum(page.is_null for page in self.req_to_blocks[request.request_id])

@@ -167,5 +167,18 @@ def check_any_layer(sparse: int, layers: int) -> None:
         )
 
 
+def check_zeroed_pages(vllm_config: "VllmConfig", kv_cache_config: Any) -> None:
+    """Refuse a KV connector that may copy a page after vLLM has zeroed it for another request. Raises ValueError.
+
+    vLLM waits for the copies of pages that it hands out again, but zeroes them first (v1/worker/gpu/model_runner.py).
+    """
+    if vllm_config.kv_transfer_config is not None and kv_cache_config.needs_kv_cache_zeroing:
+        _refuse(
+            "the layers' KV caches differ in precision, so vLLM zeroes pages that the KV connector may still have to "
+            "copy",
+            'Use one precision for all layers, {"power": {"reclaim": false}}, or no connector.',
+        )
+
+
 def _refuse(cause: str, remedy: str = OTHER_BACKEND) -> None:
     raise ValueError(f"--attention-backend power cannot serve this: {cause}. {remedy}")

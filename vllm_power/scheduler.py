@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from vllm_power import options
+from vllm_power import options, refusals
 from vllm_power.dense_requests import DENSE, KEY, is_dense
 from vllm_power.kv_cache import PowerAttentionManager
 from vllm_power.kv_cache_spec import PowerAttentionSpec
@@ -21,7 +21,7 @@ class PowerScheduler:
             spec = group.kv_cache_spec
             if isinstance(spec, PowerAttentionSpec):
                 group.kv_cache_spec = replace(spec, max_model_len=vllm_config.model_config.max_model_len)
-                _check_connector(vllm_config, kv_cache_config)
+                refusals.check_zeroed_pages(vllm_config, kv_cache_config)
         super().__init__(vllm_config, kv_cache_config, *args, **kwargs)  # type: ignore[call-arg]
         asked = options.of_config(vllm_config)
         self.power_options = asked if asked.rows.has_dense_rows else None
@@ -37,15 +37,6 @@ class PowerScheduler:
             pool = self.kv_cache_manager.block_pool  # type: ignore[attr-defined]
             mark_dense_rows(request, self.power_options, pool.hash_block_size)
         super().add_request(request)  # type: ignore[misc]
-
-
-def _check_connector(vllm_config: Any, kv_cache_config: Any) -> None:
-    # vLLM zeroes such pages before it waits for the copies that still read them (v1/worker/gpu/model_runner.py).
-    if vllm_config.kv_transfer_config is not None and kv_cache_config.needs_kv_cache_zeroing:
-        raise ValueError(
-            "a KV connector would copy pages that vLLM zeroes, because this model's layers have KV caches of different "
-            'precision. Set "reclaim": false, use one --kv-cache-dtype for all layers, or remove the connector.'
-        )
 
 
 def _keep_asking(session: Any, part: Any) -> None:

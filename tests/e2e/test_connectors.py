@@ -50,12 +50,17 @@ OFFLOADING = {
 
 @pytest.mark.parametrize("dense_layers, pages", [([], 110), ([1], 250)], ids=["all_sparse", "hybrid"])
 def test_host_memory_keeps_reclamation(
-    dense_layers: list[int], pages: int, small_model: Callable[..., Path], another_worker: Callable[..., Worker]
+    dense_layers: list[int],
+    pages: int,
+    small_model: Callable[..., Path],
+    another_worker: Callable[..., Worker],
 ) -> None:
     """Three chats in a cache for one and a half of them: the second turns come from host memory. Same answers."""
     model = small_model("llama", num_heads=4, num_kv_heads=2, head_size=64)
     chats = [random_tokens(length, seed) for seed, length in enumerate((4000, 4300, 4600))]
-    turns = [[chat] for chat in chats] + [[*chat, *random_tokens(90, seed + 9)] for seed, chat in enumerate(chats)]
+    turns = [[chat] for chat in chats] + [
+        [*chat, *random_tokens(90, seed + 9)] for seed, chat in enumerate(chats)
+    ]
     turns = [*turns[:3], turns[3:]]
     power = {"power": {"dense_layers": dense_layers}}
     settings = {"block_size": 64, "max_num_batched_tokens": 1000, "additional_config": power}

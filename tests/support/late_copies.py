@@ -62,7 +62,9 @@ class LateTensorCopies(LateCopies):
         super().__init__(random.Random(0))
         self.refs = caches.group_data_refs
         self.pages = [held.tensor for held in caches.tensors]
-        self.host = [torch.zeros(num_chunks, held.page_size_bytes, dtype=torch.int8) for held in caches.tensors]
+        self.host = [
+            torch.zeros(num_chunks, held.page_size_bytes, dtype=torch.int8) for held in caches.tensors
+        ]
 
     def copy(self, is_store: bool, group_sizes: Sequence[int], pages: Any, chunks: Any) -> None:
         begin = 0

@@ -1,7 +1,7 @@
 """vLLM's scheduler with its real OffloadingConnector, over pages and host memory that are arrays of integers.
 
-The worker side is vLLM's too, down to the copies (``support.late_copies``). A page is poisoned when it is handed out, and
-so is host memory, and each slot that a query sees must hold what belongs there.
+The worker side is vLLM's too, down to the copies (``support.late_copies``). A page is poisoned when it is handed out,
+and so is host memory, and each slot that a query sees must hold what belongs there.
 """
 
 import random
@@ -13,7 +13,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from support.late_copies import LateCopies
 from vllm import EngineArgs, SamplingParams
 from vllm.config import KVTransferConfig, VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.worker import OffloadingConnectorWorker
@@ -24,6 +23,7 @@ from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
+from support.late_copies import LateCopies
 from vllm_power import compat
 from vllm_power.dense_requests import is_dense
 from vllm_power.kv_cache_spec import PowerAttentionSpec
@@ -38,7 +38,7 @@ init_none_hash(sha256)
 
 
 @contextmanager
-def configuration(overlapping: bool = False, power: dict[str, Any] | None = None, **settings: Any) -> Iterator[VllmConfig]:
+def configuration(overlapping: bool = False, power: dict[str, Any] | None = None) -> Iterator[VllmConfig]:
     """vLLM's configuration with OffloadingConnector. overlapping: a step is planned before the last one is settled."""
     with model_folder(TINY | {"max_position_embeddings": MAX_LEN}) as folder:
         config = EngineArgs(
@@ -57,7 +57,6 @@ def configuration(overlapping: bool = False, power: dict[str, Any] | None = None
                 kv_role="kv_both",
                 kv_connector_extra_config={"cpu_bytes_to_use": 1},
             ),
-            **settings,
         ).create_engine_config()
         config.cache_config.block_size = PAGE
         config.scheduler_config.async_scheduling = overlapping
@@ -120,6 +119,7 @@ class OffloadedEngine:
         config.cache_config.enable_prefix_caching = caching
         self.overlapping = config.scheduler_config.async_scheduling
         compat.extend_scheduler(config, CountedScheduler, PowerScheduler)
+        compat.tell_kv_cache_kind(PowerAttentionSpec)
         compat.offload_pages(PowerAttentionSpec, PowerOffloadingScheduler)
         groups = [KVCacheGroupSpec([f"layer.{number}"], spec) for number, spec in enumerate(specs)]
         kv_cache_config = KVCacheConfig(pages, [], groups)
