@@ -153,6 +153,16 @@ def keys_of_chat() -> list[bytes]:
     return [make_offload_key(page_hash, 0) for page_hash in make_request("chat", CHAT, 1).block_hashes]
 
 
+def test_pages_that_a_turn_skips_count_as_used(engine):
+    """Otherwise those of a shared prompt would leave host memory before what is older."""
+    for prompt in (CHAT, words(random.Random(3), 200), [*CHAT, 3]):
+        engine.add(prompt, 2)
+        engine.finish()
+    ranks = engine.connector.manager._policy._ranks
+    of_chat = {key: ranks.pop(key) for key in keys_of_chat()}
+    assert min(of_chat.values()) > max(ranks.values())
+
+
 def test_a_load_fits_into_a_pool_of_less_than_its_pages():
     with configuration() as config:
         engine = OffloadedEngine(config, [SPEC], pages=LEAST, host_pages=200)

@@ -9,7 +9,8 @@ second kind. To the connector, our groups are therefore sliding windows as long 
 What differs from a window is where the holes are:
 
 - A look-up skips pages that no query after the hit can see. Host memory may have evicted them.
-- Pages are allocated (``kv_cache``) and loaded only where a query after the hit can see them.
+- Pages are allocated (``kv_cache``) and loaded only where a query after the hit can see them. The others count as used
+  all the same, so that host memory keeps them for other branches of the conversation.
 - Hits end at a page, before the last token of the prompt.
 
 Written against vllm/distributed/kv_transfer/kv_connector/v1/offloading/scheduler.py of vLLM 0.32 and 0.33.
@@ -99,9 +100,13 @@ class PowerOffloadingScheduler(OffloadingConnectorScheduler):
         tables = list(blocks.blocks)
         keys = [group.offload_keys for group in status.group_states]
         for config, group in zip(self.config.kv_group_configs, status.group_states, strict=True):
-            if config.group_idx not in self.specs or not num_external_tokens:
+            if config.group_idx not in self.specs:
                 continue
             table, page_size = tables[config.group_idx], config.tokens_per_block
+            skipped = [key for key, page in zip(group.offload_keys, table, strict=False) if page.is_null]
+            self.manager.touch(skipped, status.req_context)
+            if not num_external_tokens:
+                continue
             loaded = range(begin // page_size, (begin + num_external_tokens) // page_size)
             order = [*range(loaded.start), *sorted(loaded, key=lambda number: not table[number].is_null)]
             tables[config.group_idx] = [table[number] for number in order] + list(table[loaded.stop :])

@@ -66,6 +66,12 @@ def test_throughput_compares_three_backends_with_equal_settings():
     assert jobs[0][1][5] == (4 * 516 + 1) * 256 * 28 * 4 * 128 * 2 * 2
 
 
+def test_host_memory_has_room_for_two_turns():
+    jobs = list(memory.jobs("offloading", True, 16, 131_072, 1_024, 4, 100))
+    assert [arguments[1] for _, arguments in jobs] == ["power", "power_no_reclaim", "dense"]
+    assert jobs[0][1][4] == pytest.approx(2 * (516 + 1) * 256 * 28 * 4 * 128 * 2 * 2 / 2**30)
+
+
 def test_thinned_curves_keep_their_ends():
     curve = [(tokens, 1.0) for tokens in range(0, 10_001)]
     kept = memory_engine.thinned(curve)
@@ -122,6 +128,12 @@ def test_the_table_sets_the_two_parts_of_the_gain_apart():
     table = report_memory.table(measured)
     assert "a CPU, 2 cores, vLLM 1, torch 2, today, commit abc:" in table
     assert "| 100 | 200 | 300 | 3.00x = 2.00x attention, 1.50x more sequences |" in table
+
+
+def test_the_table_sets_host_memory_against_computing():
+    table = report_memory.table([row("offloading", "power", 0.5, computed=4.0)])
+    assert "first token, all computed | 1,024 | 8 |  |  | 4.00 |  |" in table
+    assert "first token, from host memory | 1,024 | 8 |  |  | 0.50 | 8.0x |" in table
 
 
 def test_the_table_compares_prefix_hits():

@@ -8,6 +8,8 @@ from support import generation, offloaded_turns
 from support.engine_worker import Worker
 from support.prompts import random_tokens
 
+from vllm_power.tools.bench import memory_offloading
+
 SETTINGS = {"block_size": 64, "max_num_batched_tokens": 1000, "enable_prefix_caching": False}
 PROMPTS = [random_tokens(3000, seed) for seed in (1, 2)]
 
@@ -79,3 +81,15 @@ def test_host_memory_keeps_reclamation(
     assert cached == [len(chat) // 64 * 64 for chat in chats]
     assert served["reclaimed"] and served["loaded"] < sum(cached) // 64 * (1 + len(dense_layers))
     assert served["free"][0] == served["free"][1]
+
+
+def test_the_bench_of_second_turns(
+    small_model: Callable[..., Path], another_worker: Callable[..., Worker]
+) -> None:
+    model = small_model("llama", num_heads=4, num_kv_heads=2, head_size=64)
+    worker = another_worker()
+    worker.start(model, block_size=64, kv_transfer_config=OFFLOADING)
+    found = worker.call(memory_offloading.two_turns, 4000, 8)
+    assert found["cached_tokens"] == 4000 // 64 * 64
+    assert found["value"] > 0 and found["computed"] > 0
+    assert found["held_pages"] < 4000 // 64

@@ -1,9 +1,9 @@
 """``vllm-power bench memory``: the gain and the cost of KV reclamation.
 
-Five parts, each in processes of its own: the pages that one request holds over time (live), the sequences that decode
+Six parts, each in processes of its own: the pages that one request holds over time (live), the sequences that decode
 at once in the same cache (concurrency), the scheduler's own time per step (scheduler), what later turns of a chat find
-in the prefix cache (hits), and long requests through the whole engine on a GPU (throughput). Each row is appended to
-memory.jsonl when it is measured.
+in the prefix cache (hits), and on a GPU, long requests through the whole engine (throughput) and a chat's second turn
+from host memory (offloading). Each row is appended to memory.jsonl when it is measured.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,11 +15,13 @@ from vllm_power.tools.common import results
 from vllm_power.tools.common.apart import ChildFailed, rows_of
 from vllm_power.tools.common.results import Row
 
-PARTS = ("live", "concurrency", "scheduler", "hits", "throughput")
+PARTS = ("live", "concurrency", "scheduler", "hits", "throughput", "offloading")
+ON_GPUS = ("throughput", "offloading")
 THROUGHPUT = ("power", "power_no_reclaim", "dense")
 SEQUENCES, SEQUENCE, STEPS = 256, 32_768, 600  # scheduler part: sequences, tokens per sequence, steps
 ENGINE = "vllm_power.tools.bench.memory_engine"
 SCHEDULER = "vllm_power.tools.bench.memory_scheduler"
+OFFLOADING = "vllm_power.tools.bench.memory_offloading"
 
 
 def jobs(
@@ -41,6 +43,10 @@ def jobs(
         yield SCHEDULER, (part, SEQUENCES, SEQUENCE, STEPS)
     elif part == "hits":
         yield SCHEDULER, (part,)
+    elif part == "offloading":
+        host_gib = 2 * cache_bytes_for(1, context + output) / (1 << 30)
+        for impl in THROUGHPUT:
+            yield OFFLOADING, (part, impl, context, output, host_gib)
     else:
         cache_bytes = cache_bytes_for(cache_sequences, context + output) if cache_sequences else None
         for impl in THROUGHPUT:
@@ -74,7 +80,7 @@ def main(
     rows: list[Row] = []
     failures = 0
     for part in parts:
-        if part == "throughput" and lacks_gpu(part, "the other parts run without it"):
+        if part in ON_GPUS and lacks_gpu(part, "the other parts run without it"):
             failures += tuple(parts) != PARTS  # only if it was requested by name
             continue
         for module, job in jobs(part, on_gpu, requests, context, output, cache_sequences, seconds):

@@ -8,7 +8,7 @@ from vllm_power.pattern import POWER
 from vllm_power.tools.common.plots import pyplot, save
 from vllm_power.tools.common.results import Row, last_run, rows, run_of, where
 
-BENCHES = ("live", "concurrency", "second_turn", "chats", "throughput", "scheduler_step")
+BENCHES = ("live", "concurrency", "second_turn", "chats", "throughput", "offloading", "scheduler_step")
 OFF, ON, DENSE = "power_no_reclaim", "power", "dense"
 
 
@@ -111,6 +111,17 @@ def _throughput(impls: dict[str, Row]) -> list[list[str]]:
     return [_line(what, on, *cells, gain)]
 
 
+def _offloading(impls: dict[str, Row]) -> list[list[str]]:
+    """The gain of host memory is the ratio to the first turn, whose tokens are all computed."""
+    on = impls[ON]
+    lines = []
+    for what, key in (("all computed", "computed"), ("from host memory", "value")):
+        cells = [f"{impls[impl][key]:.2f}" if impl in impls else "" for impl in (DENSE, OFF, ON)]
+        gain = f"{on['computed'] / on['value']:.1f}x" if key == "value" else ""
+        lines.append(_line(f"s to the first token, {what}", on, *cells, gain))
+    return lines
+
+
 def _scheduler_step(impls: dict[str, Row]) -> list[list[str]]:
     on, dense = impls[ON], impls[DENSE]
     caching = "with" if on["prefix_caching"] else "without"
@@ -129,6 +140,7 @@ LINES = {
     "second_turn": _second_turn,
     "chats": _chats,
     "throughput": _throughput,
+    "offloading": _offloading,
     "scheduler_step": _scheduler_step,
 }
 
