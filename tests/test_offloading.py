@@ -15,6 +15,8 @@ from support.offloading import CHUNK, MAX_LEN, PAGE, OffloadedEngine, configurat
 from vllm.v1.kv_offload.base import make_offload_key
 from vllm.v1.request import RequestStatus
 
+from vllm_power.pattern import POWER
+
 SPEC = dataclasses.replace(make_spec(lookahead=0), max_in_flight_tokens=2 * CHUNK)
 LEAST = 1 + SPEC.peak_pages(0, MAX_LEN)  # vLLM does not start with fewer
 DENSE_TAIL = dataclasses.replace(SPEC, dense_tail=40)
@@ -161,6 +163,17 @@ def test_pages_that_a_turn_skips_count_as_used(engine):
     ranks = engine.connector.manager._policy._ranks
     of_chat = {key: ranks.pop(key) for key in keys_of_chat()}
     assert min(of_chat.values()) > max(ranks.values())
+
+
+@pytest.mark.parametrize("context, blocks, loaded", [(131_072, 512, 38), (1_000_000, 3_906, 57)])
+def test_the_numbers_of_the_docs(context, blocks, loaded):
+    """Blocks that are loaded for 256 more tokens and an answer of 1,024."""
+    spec = dataclasses.replace(SPEC, block_size=256, pattern=POWER, max_model_len=1 << 20)
+    request = make_request("turn", [1] * (context + 256), 1_024)
+    needed = {block for block, until in enumerate(spec.needed_by(request)[:blocks]) if until > blocks}
+    rows = range(blocks, (context + 256 + 1_024 - 2) // 256 + 1)
+    assert needed == {block for row in rows for block in POWER.visible_blocks(row) if block < blocks}
+    assert (context // 256, len(needed)) == (blocks, loaded)
 
 
 def test_a_load_fits_into_a_pool_of_less_than_its_pages():
