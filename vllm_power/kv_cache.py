@@ -119,7 +119,8 @@ class PowerAttentionManager(SingleTypeKVCacheManager):
             False,
             prefill_end,
         )
-        needed -= self._to_load(request_id, num_local_computed_tokens, total_computed_tokens).count(False)
+        if total_computed_tokens > num_local_computed_tokens:  # a KV connector loads the rest
+            needed -= self._to_load(request_id, num_local_computed_tokens, total_computed_tokens).count(False)
         if not apply_admission_cap or self._keeps_all(request_id):
             return needed
         known = self.requests.get(request_id) or self._unmet(request_id)
@@ -232,15 +233,12 @@ class PowerAttentionManager(SingleTypeKVCacheManager):
         self.enable_caching = self.prefix_caching
         return met
 
-    def _needed_by(self, request_id: str) -> Sequence[int]:
-        request = self.known_requests.get(request_id)
-        return self.kv_cache_spec.needed_by(request) if request else self.kv_cache_spec.needed_until(False)
-
     def _seen_after(
         self, request_id: str, pages: Sequence[KVCacheBlock], num_tokens: int
     ) -> list[KVCacheBlock]:
         """The pages of a hit of ``num_tokens`` tokens, null for those that no query after it can see."""
-        needed_until = self._needed_by(request_id)
+        # Not those of this request alone: it takes milliseconds for each new length.
+        needed_until = self.kv_cache_spec.needed_until(self._keeps_all(request_id))
         return [
             page if until * self.block_size > num_tokens else self._null_block
             for page, until in zip(pages, needed_until, strict=False)
@@ -248,7 +246,7 @@ class PowerAttentionManager(SingleTypeKVCacheManager):
 
     def _to_load(self, request_id: str, num_local_tokens: int, num_tokens: int) -> list[bool]:
         """For each page between a local hit and the end of what a KV connector loads: whether a later query sees it."""
-        needed_until = self._needed_by(request_id)
+        needed_until = self.kv_cache_spec.needed_by(self.known_requests[request_id])
         pages = slice(-(-num_local_tokens // self.block_size), -(-num_tokens // self.block_size))
         return [until * self.block_size > num_tokens for until in needed_until[pages]]
 
