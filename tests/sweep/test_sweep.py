@@ -21,8 +21,8 @@ def test_nothing_is_wrong_and_enough_was_tried() -> None:
     results = read(RESULTS).values()
     assert {result["verdict"] for result in results} <= {EXACT, REFUSED, NOT_BUILT}
     assert all(result["why"] for result in results if result["verdict"] != EXACT)
-    assert sum(not result["why"].startswith("transformers ") for result in results) >= 80  # vLLM was asked
-    assert sum(result["verdict"] == EXACT for result in results) >= 50
+    assert sum(result["verdict"] in (EXACT, REFUSED) for result in results) >= 80
+    assert sum(result["verdict"] == EXACT for result in results) >= 75
 
 
 @pytest.mark.skipif(not vllm.__version__.startswith(RESULTS_OF), reason="the results are of vLLM 0.32")

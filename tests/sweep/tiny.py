@@ -156,7 +156,6 @@ NEEDS: dict[str, dict[str, Any]] = {
     },
     "glm4_moe": {"head_dim": 32},
     "glm4v_moe_text": {"head_dim": 32, "use_qk_norm": False},
-    "qwen3_vl_moe_text": {"norm_topk_prob": True, "moe_intermediate_size": 128},
 }
 
 
