@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +18,10 @@ from support.prompts import random_tokens
 from soak.client import Outcome, ask
 from soak.requests import Cut, Request
 from soak.served import get, metric
-from vllm_power.tools.common.vllm_server import Server
+from vllm_power.tools.common.vllm_server import Server, vllm_executable
 
 REQUESTS = 6
+SERVE = Path(__file__).resolve().parents[2] / "docker" / "serve.py"
 
 
 def long_request(seed: int) -> Request:
@@ -58,6 +60,10 @@ def kill(server: Server, title: str) -> Callable[[], None]:
     return lambda: os.kill(process(server, title), signal.SIGKILL)
 
 
+def terminate(server: Server) -> Callable[[], None]:
+    return lambda: os.kill(server.pid, signal.SIGTERM)
+
+
 def seconds_to_end(server: Server, at_most: float) -> float:
     """Wait until the server has ended and none of its processes is left; AssertionError if it takes longer."""
     begin = time.monotonic()
@@ -78,6 +84,20 @@ def in_own_file_systems(command: str, script: Path, sizes: dict[Path, str]) -> s
     mounts = "".join(f"mount -t tmpfs -o size={size} tmpfs {folder} && " for folder, size in sizes.items())
     inner = f'{mounts}exec {command} "$@"'
     script.write_text(f"#!/bin/sh\nexec unshare --mount sh -c '{inner}' - \"$@\"\n")
+    script.chmod(0o755)
+    return str(script)
+
+
+def start_script(script: Path) -> str:
+    """A command that runs, instead of `vllm`, the image's start script, which names the backend itself."""
+    vllm = Path(vllm_executable())
+    script.write_text(
+        f"#!{sys.executable}\n"
+        "import os, sys\n"
+        f"os.environ['PATH'] = '{vllm.parent}:' + os.environ['PATH']\n"
+        "arguments = [each for each in sys.argv[1:] if each != '--attention-backend=power']\n"
+        f"os.execv(sys.executable, [sys.executable, '{SERVE}', *arguments])\n"
+    )
     script.chmod(0o755)
     return str(script)
 

@@ -28,7 +28,7 @@ def model(folder: Path) -> Path:
 
 
 @contextmanager
-def start(model: Path, log: Path, **environment: str) -> Iterator[Server]:
+def start(model: Path, log: Path, *arguments: str, **environment: str) -> Iterator[Server]:
     """Blocks and pages of 64 tokens: the longest request needs 258 pages at once, and the pool has 320."""
     with serve(
         model,
@@ -43,6 +43,7 @@ def start(model: Path, log: Path, **environment: str) -> Iterator[Server]:
         f"--kv-cache-memory-bytes={320 * 64 * 2048}",
         f"--speculative-config={json.dumps(DRAFTS)}",
         "--enforce-eager",
+        *arguments,
         env=ENVIRONMENT | environment,
         log=log,
     ) as server:

@@ -1,7 +1,5 @@
 """What kills a process, a server or a disk, in mid-load: every request ends, and so does the server if it must."""
 
-import os
-import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,13 +27,23 @@ def test_a_killed_process_ends_requests_and_server(title: str, model: Path, tmp_
         faults.seconds_to_end(server, ENDS_WITHIN)
 
 
-@pytest.mark.xfail(
-    reason="requests that run have no end, and the server waits for them (docs/reliability.md)"
-)
-def test_sigterm_under_load_ends_in_time(model: Path, tmp_path: Path) -> None:
-    with served.start(model, tmp_path / "log") as server:
-        outcomes = faults.under_load(server, lambda: os.kill(server.pid, signal.SIGTERM), ENDS_WITHIN)
+def test_sigterm_drains(model: Path, tmp_path: Path) -> None:
+    with served.start(model, tmp_path / "log", f"--shutdown-timeout={ENDS_WITHIN:.0f}") as server:
+        outcomes = faults.under_load(server, faults.terminate(server), ENDS_WITHIN)
+        assert all(outcome.answered for outcome in outcomes), outcomes
+        faults.seconds_to_end(server, ENDS_WITHIN)
+
+
+def test_the_image_ends_what_outlasts_the_drain(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM alone would wait for these requests as long as their clients do."""
+    command = faults.start_script(tmp_path / "vllm")
+    monkeypatch.setattr(vllm_server, "vllm_executable", lambda: command)
+    with served.start(model, tmp_path / "log", "--shutdown-timeout=0") as server:
+        outcomes = faults.under_load(server, faults.terminate(server), ENDS_WITHIN)
         assert all(outcome.error or outcome.answered for outcome in outcomes)
+        assert any(outcome.error for outcome in outcomes), "no request outlasted the drain"
         faults.seconds_to_end(server, ENDS_WITHIN)
 
 
