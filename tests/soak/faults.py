@@ -1,6 +1,7 @@
 """Faults under load, and a server whose /dev/shm and temporary folder are file systems of their own."""
 
 import asyncio
+import errno
 import os
 import shutil
 import signal
@@ -29,21 +30,27 @@ def long_request(seed: int) -> Request:
 
 
 def under_load(server: Server, fault: Callable[[], None], within: float) -> list[Outcome]:
-    """Let ``fault`` happen while requests run. Raises TimeoutError if one has no end ``within`` seconds of it."""
+    """Let ``fault`` happen while requests run.
+
+    Raises TimeoutError if they do not run within a minute, or if one has no end ``within`` seconds of the fault.
+    """
 
     async def run() -> list[Outcome]:
         async with httpx.AsyncClient(base_url=server.url, timeout=None) as client:
             asked = [asyncio.create_task(ask(client, long_request(seed))) for seed in range(REQUESTS)]
-            deadline = time.monotonic() + 60
-            while time.monotonic() < deadline:
-                text = await asyncio.to_thread(get, server, "/metrics")
-                if metric(text, "vllm:generation_tokens_total") > 20:
-                    break
+            async with asyncio.timeout(60):
+                while await asyncio.to_thread(generated, server) <= 20:
+                    await asyncio.sleep(0.1)
             await asyncio.to_thread(fault)
             async with asyncio.timeout(within):
                 return await asyncio.gather(*asked)
 
     return asyncio.run(run())
+
+
+def generated(server: Server) -> float:
+    """How many tokens the server has generated."""
+    return metric(get(server, "/metrics"), "vllm:generation_tokens_total")
 
 
 def process(server: Server, title: str) -> int:
@@ -103,10 +110,11 @@ def start_script(script: Path) -> str:
 
 
 def fill(server: Server, folder: Path) -> None:
-    """Write into a folder as the server sees it until nothing fits."""
-    try:
-        with Path(f"/proc/{server.pid}/root{folder}/filler").open("wb", buffering=0) as file:
+    """Write into a folder as the server sees it until nothing fits. Raises OSError if that fails for another reason."""
+    with Path(f"/proc/{server.pid}/root{folder}/filler").open("wb", buffering=0) as file:
+        try:
             while True:
                 file.write(bytes(1 << 12))
-    except OSError:
-        return
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
