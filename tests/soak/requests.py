@@ -71,7 +71,7 @@ def mixed(generator: random.Random, greedy: bool) -> Request:
 
 
 def growing(generator: random.Random, greedy: bool) -> Request:
-    """A short prompt and a long answer, from 1 to 5 pages to 6 to 10: many outgrow the pool, so some are preempted.
+    """A short prompt and a long answer, from 1 to 5 pages to 6 to 8: many outgrow the pool, so some are preempted.
 
     Others hold most pages when their prompt is computed, and give back more than they take from then on.
     """
