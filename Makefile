@@ -22,7 +22,7 @@ demo: setup ## serve SmolLM2-135M, dense and with the backend, and ask it for wh
 	@$(BIN)/vllm-power demo
 
 test: setup ## all tests (GPU tests are skipped without a GPU)
-	@# Engines and servers need all cores; the other tests use one each.
+	@# Engines and servers need all cores; the other tests use one each. tests/soak takes 15 minutes: make faults.
 	$(BIN)/pytest -m "not e2e" --numprocesses auto --dist loadfile --durations=20
 	$(BIN)/pytest -m e2e --ignore tests/soak --durations=20
 

@@ -7,7 +7,8 @@ What it adds to vLLM's own server:
   the server itself (`vllm_power/tools/image/start_check.py`).
 - An engine that dies ends vLLM with status 0; here that is status 1, so that restart policies see a failure.
 - A server that fails is told by the first error in its log, on the last line.
-- SIGTERM drains: running requests have POWER_SHUTDOWN_TIMEOUT seconds (default 30) to finish.
+- SIGTERM drains: running requests have POWER_SHUTDOWN_TIMEOUT seconds (default 30) to finish. Those that need longer
+  end with a closed connection; vLLM's own server would wait for them for ever.
 - On a CPU it chooses a KV cache that fits the free memory.
 
 Standard library and the standard-library part of vllm_power only: it runs in vLLM's image with whatever Python packages
@@ -36,6 +37,7 @@ import re
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import entry_points
@@ -43,6 +45,7 @@ from typing import BinaryIO
 
 USAGE_ERROR = 2
 NOT_ACTIVE = 3
+TEARDOWN = 15  # seconds that vLLM may take to end after the drain; the manifests' grace periods contain them
 
 
 class StartError(Exception):
@@ -117,7 +120,9 @@ def run(server: Sequence[str], environment: Mapping[str, str], *, watch: bool) -
     """Run the server, its output passed on, until it ends; return the exit status."""
     from vllm_power.tools.common.ended import ended
     from vllm_power.tools.common.first_error import FirstError
+    from vllm_power.tools.image.address import options
 
+    drain = options(server)["--shutdown-timeout"]
     if received:
         return 128 + received[0]
     process = subprocess.Popen(
@@ -146,7 +151,8 @@ def run(server: Sequence[str], environment: Mapping[str, str], *, watch: bool) -
     error = FirstError()
     output = threading.Thread(target=pass_on, args=(process.stdout, error.feed), daemon=True)
     output.start()
-    status = wait(process)
+    # vLLM itself refuses what is no number.
+    status = wait(process, TEARDOWN + (int(drain) if drain.isdecimal() else 0))
     # Not for ever: a process that the server left behind may keep its end of the pipe open.
     output.join(timeout=5)
     if inactive.is_set():
@@ -161,16 +167,25 @@ def run(server: Sequence[str], environment: Mapping[str, str], *, watch: bool) -
     return 1 if status == 0 else status if status > 0 else 128 - status
 
 
-def wait(process: subprocess.Popen[bytes]) -> int:
-    """Wait for the process; return its status.
+def wait(process: subprocess.Popen[bytes], patience: float) -> int:
+    """Wait for the process; return its status. It is killed if it still runs ``patience`` seconds after a signal.
+
+    When the drain is over, vLLM 0.32 kills the engine and tells no request: each waits, and the server for it
+    (docs/reliability.md).
 
     In another thread: a signal that arrives right before the main thread blocks is only handled once it runs again,
     which is within a second here.
     """
     waiting = threading.Thread(target=process.wait, daemon=True)
     waiting.start()
+    deadline = None
     while waiting.is_alive():
         waiting.join(1.0)
+        if received and deadline is None:
+            deadline = time.monotonic() + patience
+        if deadline is not None and time.monotonic() > deadline and process.poll() is None:
+            complain(f"vLLM still runs {patience:.0f} s after the signal: it is killed.")
+            process.kill()
     return process.wait()
 
 

@@ -55,8 +55,8 @@ def script(tmp_path):
         process.communicate()
 
 
-def finish(process):
-    out, err = process.communicate(timeout=20)
+def finish(process, timeout=20):
+    out, err = process.communicate(timeout=timeout)
     return process.returncode, out, err
 
 
@@ -299,6 +299,18 @@ def test_signals_are_passed_on_and_waited_for(script, tmp_path, number):
     process.send_signal(number)
     status, out, _ = finish(process)
     assert (status, out) == (0, "drained\n")
+
+
+def test_a_server_that_does_not_end_is_killed(script, tmp_path):
+    """As vLLM's when requests outlast the drain; 15 s for its end are part of every grace period."""
+    body = f"trap '' TERM; touch {tmp_path}/up; while :; do sleep 0.1; done"
+    process = script(body, "m", "--shutdown-timeout", "1")
+    wait_for(tmp_path / "up")
+    asked = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    status, _, err = finish(process, 40)
+    assert status == 137 and "still runs 16 s after the signal" in err
+    assert 16 <= time.monotonic() - asked < 30
 
 
 def test_a_killed_server_has_the_shells_status(script):

@@ -56,6 +56,7 @@ def failures(soaked: Soaked) -> list[str]:
         if left := metric(soaked.metrics, name):
             found.append(f"{name} is {left} when nothing runs")
     for name in (
+        "vllm:num_preemptions_total",
         "vllm:prefix_cache_hits_total",
         "vllm:spec_decode_num_accepted_tokens_total",
         "vllm_power_kv_blocks_reclaimed_total",

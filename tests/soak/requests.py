@@ -50,7 +50,7 @@ class Request:
         }
 
 
-def draw(generator: random.Random, greedy: bool) -> Request:
+def mixed(generator: random.Random, greedy: bool) -> Request:
     """Lengths are spread evenly over the logarithm, so that nearly every prompt has a new one."""
     length = round(math.exp(generator.uniform(math.log(SHORTEST), math.log(LONGEST))))
     prompt = random_tokens(length, generator.randrange(1 << 20))
@@ -62,10 +62,25 @@ def draw(generator: random.Random, greedy: bool) -> Request:
     return Request(
         prompt=prompt,
         samples=samples,
-        # Short prompts with long answers outgrow the pool together, which preempts.
         max_tokens=generator.randint(1, 400 if length <= SAMPLED_UP_TO else 40),
         greedy=greedy,
         stream=cut is Cut.IN_STREAM or (cut is Cut.NEVER and generator.random() < 0.5),
         cut=cut,
         cut_after=generator.randint(1, 20) if cut is Cut.IN_STREAM else generator.uniform(0.0, 10.0),
+    )
+
+
+def growing(generator: random.Random, greedy: bool) -> Request:
+    """A short prompt and a long answer, from 1 to 5 pages to 6 to 8: many outgrow the pool, so some are preempted.
+
+    Others hold most pages when their prompt is computed, and give back more than they take from then on.
+    """
+    return Request(
+        prompt=random_tokens(generator.randint(SHORTEST, 300), generator.randrange(1 << 20)),
+        samples=1 if greedy else generator.randint(1, 2),
+        max_tokens=generator.randint(320, 400),
+        greedy=greedy,
+        stream=generator.random() < 0.5,
+        cut=Cut.NEVER,
+        cut_after=0,
     )

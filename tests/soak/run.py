@@ -3,20 +3,23 @@
 import asyncio
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import httpx
 
 from soak.alone import Difference, score
 from soak.client import PATIENCE, Outcome, ask
 from soak.memory import Memory
-from soak.requests import draw
+from soak.requests import Request, growing, mixed
 from soak.served import get, metric
 from vllm_power.tools.common.vllm_server import Server
 
-CLIENTS = 24
-ROUND = 60.0  # seconds
+CLIENTS = {mixed: 24, growing: 64}
+# Greedy or not: on vLLM 0.32's CPU, drafts make greedy requests wrong if others in the batch sample (alone.py).
+TURNS = [(mixed, True), (mixed, False), (growing, True), (growing, False)]
+TURN = 30.0  # seconds
 POLLED = ("/metrics", "/power", "/v1/power/live", "/v1/power/info")
 
 
@@ -39,11 +42,12 @@ async def soak(server: Server, minutes: float, seed: int) -> Soaked:
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE + 10, limits=limits) as client:
         watching = asyncio.create_task(_watch(server, memory))
-        # In turns: on vLLM 0.32's CPU, drafts make greedy requests wrong if others in the batch sample (alone.py).
-        for turn in range(max(2, round(60 * minutes / ROUND))):
-            draws = [random.Random(f"{seed} {turn} {number}") for number in range(CLIENTS)]
-            end = time.monotonic() + ROUND
-            await asyncio.gather(*(_client(client, draw, turn % 2 == 0, end, outcomes) for draw in draws))
+        for turn in range(max(len(TURNS), round(60 * minutes / TURN))):
+            kind, greedy = TURNS[turn % len(TURNS)]
+            generators = [random.Random(f"{seed} {turn} {number}") for number in range(CLIENTS[kind])]
+            end = time.monotonic() + TURN
+            draws = [partial(kind, generator, greedy) for generator in generators]
+            await asyncio.gather(*(_client(client, draw, end, outcomes) for draw in draws))
         seconds = time.monotonic() - begin
         watching.cancel()
         polls = len(memory.times)
@@ -57,10 +61,10 @@ async def soak(server: Server, minutes: float, seed: int) -> Soaked:
 
 
 async def _client(
-    client: httpx.AsyncClient, generator: random.Random, greedy: bool, end: float, outcomes: list[Outcome]
+    client: httpx.AsyncClient, draw: Callable[[], Request], end: float, outcomes: list[Outcome]
 ) -> None:
     while time.monotonic() < end:
-        outcomes.append(await ask(client, draw(generator, greedy)))
+        outcomes.append(await ask(client, draw()))
         if outcomes[-1].error:  # the soak has failed; a server that is gone would fail a thousand more
             return
 

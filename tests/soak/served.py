@@ -28,8 +28,8 @@ def model(folder: Path) -> Path:
 
 
 @contextmanager
-def start(model: Path, log: Path, **environment: str) -> Iterator[Server]:
-    """Blocks and pages of 64 tokens: the longest request needs 258 pages at once, and the pool has 320."""
+def start(model: Path, log: Path, *arguments: str, **environment: str) -> Iterator[Server]:
+    """Blocks and pages of 64 tokens: the longest request needs up to 291 pages at once, and the pool has 300."""
     with serve(
         model,
         f"--served-model-name={NAME}",
@@ -39,10 +39,11 @@ def start(model: Path, log: Path, **environment: str) -> Iterator[Server]:
         "--dtype=float32",
         f"--max-model-len={MAX_MODEL_LEN}",
         "--max-num-batched-tokens=1024",
-        "--max-num-seqs=48",
-        f"--kv-cache-memory-bytes={320 * 64 * 2048}",
+        "--max-num-seqs=64",
+        f"--kv-cache-memory-bytes={300 * 64 * 2048}",
         f"--speculative-config={json.dumps(DRAFTS)}",
         "--enforce-eager",
+        *arguments,
         env=ENVIRONMENT | environment,
         log=log,
     ) as server:
