@@ -58,7 +58,7 @@ def model(small_model: Callable[..., Path]) -> Path:
 def test_equal_to_transformers(
     rule: str, parallel: dict[str, Any], model: Path, another_worker: Callable[..., Worker]
 ) -> None:
-    """Prompts in chunks beside decode steps; then the same again from the prefix cache."""
+    """Prompts in chunks, mixed with decode steps; then the same again from the prefix cache."""
     prompts = [random_tokens(length) for length in LENGTHS]
     worker = another_worker(**ENVIRONMENT)
     worker.start(

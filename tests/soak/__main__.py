@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ parser.add_argument(
     "--folder", type=Path, default=Path("build/soak"), help="for the model and the server's log"
 )
 arguments = parser.parse_args()
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the server too
 model = served.model(arguments.folder / "model")
 with served.start(model, arguments.folder / "log") as server:
     soaked = run.main(server, arguments.minutes, arguments.seed)

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,10 @@ class Soaked:
     metrics: str
 
 
+def _tell(progress: str) -> None:
+    print(progress, file=sys.stderr, flush=True)
+
+
 async def soak(server: Server, minutes: float, seed: int) -> Soaked:
     """Errors of requests are in the outcomes. Raises OSError if a poll fails, AssertionError if requests stay."""
     memory, outcomes = Memory(server.pid), []
@@ -42,7 +47,9 @@ async def soak(server: Server, minutes: float, seed: int) -> Soaked:
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE + 10, limits=limits) as client:
         watching = asyncio.create_task(_watch(server, memory))
-        for turn in range(max(len(TURNS), round(60 * minutes / TURN))):
+        turns = max(len(TURNS), round(60 * minutes / TURN))
+        for turn in range(turns):
+            _tell(f"turn {turn + 1} of {turns}, {len(outcomes)} requests so far")
             kind, greedy = TURNS[turn % len(TURNS)]
             generators = [random.Random(f"{seed} {turn} {number}") for number in range(CLIENTS[kind])]
             end = time.monotonic() + TURN
@@ -52,11 +59,11 @@ async def soak(server: Server, minutes: float, seed: int) -> Soaked:
         watching.cancel()
         polls = len(memory.times)
         metrics = await _idle(server)
-        differences = [
-            difference
-            for number, outcome in enumerate(outcomes)
-            for difference in await score(client, outcome, f"alone-{number}")
-        ]
+        differences: list[Difference] = []
+        for number, outcome in enumerate(outcomes):
+            if number % 50 == 0:
+                _tell(f"scored {number} of {len(outcomes)} requests alone")
+            differences += await score(client, outcome, f"alone-{number}")
     return Soaked(seconds, outcomes, differences, memory, polls, metrics)
 
 
