@@ -1,4 +1,4 @@
-"""KV connectors: reclamation is off and the startup line says so; answers are as without a connector."""
+"""KV connectors: OffloadingConnector keeps reclamation on, others switch it off; the same answers as without one."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +29,10 @@ def test_a_connector_turns_reclamation_off(
     }
     worker = another_worker()
     worker.start(model, **SETTINGS, kv_transfer_config=transfer)
-    assert "KV reclamation off: a KV connector transfers whole sequences" in worker.log.read_text()
+    assert (
+        "KV reclamation off: the KV connector ExampleConnector transfers whole sequences"
+        in worker.log.read_text()
+    )
     for _ in range(2):
         answers = worker.call(generation.greedy, PROMPTS, 8)
         for answer, wanted in zip(answers, expected, strict=True):
