@@ -38,10 +38,10 @@ def apart(monkeypatch):
 def test_the_command_runs_its_parts_and_keeps_their_rows(apart, tmp_path):
     done = runner.invoke(app, ["bench", "memory", "--context", "4096", "--folder", str(tmp_path)])
     assert done.exit_code == 0, done.output
-    assert [part for part, _ in apart] == ["live", "live", "concurrency", "scheduler", "hits"]
+    assert [part for part, _ in apart] == ["live", "live", "concurrency", "scheduler", "hits", "tier"]
     assert apart[0][1] == ("power", 4096, 1024, False)
     assert apart[2][1] == ([1024, 4096], 1024, 4)
-    assert len(results.rows(tmp_path, "memory")) == 5
+    assert len(results.rows(tmp_path, "memory")) == 6
 
 
 def test_a_part_that_needs_a_gpu_fails_where_it_is_asked_for(apart, tmp_path):

@@ -154,7 +154,7 @@ def training_command(
 def memory_command(
     part: Annotated[
         str, typer.Option(help="The parts to run, separated by commas.")
-    ] = "live,concurrency,scheduler,hits,throughput,offloading",
+    ] = "live,concurrency,scheduler,hits,tier,throughput,offloading",
     requests: Annotated[int, typer.Option(min=1, help="Requests in the throughput part.")] = 64,
     context: Annotated[int, typer.Option(min=1024, help="Tokens per prompt.")] = 131_072,
     output: Annotated[int, typer.Option(min=1, help="Tokens per answer.")] = 1_024,

@@ -1,9 +1,10 @@
 """``vllm-power bench memory``: the gain and the cost of KV reclamation.
 
-Six parts, each in processes of its own: the pages that one request holds over time (live), the sequences that decode
+Seven parts, each in processes of its own: the pages that one request holds over time (live), the sequences that decode
 at once in the same cache (concurrency), the scheduler's own time per step (scheduler), what later turns of a chat find
-in the prefix cache (hits), and on a GPU, long requests through the whole engine (throughput) and a chat's second turn
-from host memory (offloading). Each row is appended to memory.jsonl when it is measured.
+in the prefix cache (hits), the blocks that a tier in host memory would have to return (tier), and on a GPU, long
+requests through the whole engine (throughput) and a chat's second turn from host memory (offloading). Each row is
+appended to memory.jsonl when it is measured.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,13 +16,14 @@ from vllm_power.tools.common import results
 from vllm_power.tools.common.apart import ChildFailed, rows_of
 from vllm_power.tools.common.results import Row
 
-PARTS = ("live", "concurrency", "scheduler", "hits", "throughput", "offloading")
+PARTS = ("live", "concurrency", "scheduler", "hits", "tier", "throughput", "offloading")
 ON_GPUS = ("throughput", "offloading")
 THROUGHPUT = ("power", "power_no_reclaim", "dense")
 SEQUENCES, SEQUENCE, STEPS = 256, 32_768, 600  # scheduler part: sequences, tokens per sequence, steps
 ENGINE = "vllm_power.tools.bench.memory_engine"
 SCHEDULER = "vllm_power.tools.bench.memory_scheduler"
 OFFLOADING = "vllm_power.tools.bench.memory_offloading"
+TIER = "vllm_power.tools.bench.memory_tier"
 
 
 def jobs(
@@ -43,6 +45,8 @@ def jobs(
         yield SCHEDULER, (part, SEQUENCES, SEQUENCE, STEPS)
     elif part == "hits":
         yield SCHEDULER, (part,)
+    elif part == "tier":
+        yield TIER, (part,)
     elif part == "offloading":
         host_gib = 2 * cache_bytes_for(1, context + output) / (1 << 30)
         for impl in THROUGHPUT:

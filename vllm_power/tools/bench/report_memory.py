@@ -8,7 +8,16 @@ from vllm_power.pattern import POWER
 from vllm_power.tools.common.plots import pyplot, save
 from vllm_power.tools.common.results import Row, last_run, rows, run_of, where
 
-BENCHES = ("live", "concurrency", "second_turn", "chats", "throughput", "offloading", "scheduler_step")
+BENCHES = (
+    "live",
+    "concurrency",
+    "second_turn",
+    "chats",
+    "tier",
+    "throughput",
+    "offloading",
+    "scheduler_step",
+)
 OFF, ON, DENSE = "power_no_reclaim", "power", "dense"
 
 
@@ -42,6 +51,7 @@ def _work(row: Row) -> tuple[Any, ...]:
         "requests",
         "work",
         "prefix_caching",
+        "resident_blocks",
     )
     return tuple(row.get(key) for key in keys)
 
@@ -98,6 +108,17 @@ def _chats(impls: dict[str, Row]) -> list[list[str]]:
     ]
 
 
+def _tier(impls: dict[str, Row]) -> list[list[str]]:
+    on = impls[ON]
+    what = (
+        f"host tier, {on['work']}: blocks that return per block of tokens, {on['resident_blocks']} resident"
+    )
+    fewer = (
+        f"{100 * (1 - on['value'] / on['by_last_use']):.0f}% fewer than by last use ({on['by_last_use']:.2f})"
+    )
+    return [_line(what, on, "", "", f"{on['value']:.2f}", fewer)]
+
+
 def _throughput(impls: dict[str, Row]) -> list[list[str]]:
     """The gain has two factors: off / FLASH_ATTN is faster attention, on / off is more sequences at once."""
     on = impls[ON]
@@ -139,6 +160,7 @@ LINES = {
     "concurrency": _concurrency,
     "second_turn": _second_turn,
     "chats": _chats,
+    "tier": _tier,
     "throughput": _throughput,
     "offloading": _offloading,
     "scheduler_step": _scheduler_step,
