@@ -20,7 +20,7 @@ def fewest(steps: list[Step], resident: int) -> int:
         if number == len(steps):
             return 0
         step = steps[number]
-        returned = sum(block not in held and block not in step.at_hand for block in step.reads)
+        returned = sum(block not in held and block not in step.available for block in step.reads)
         idle = held - step.reads
         kept = range(min(len(idle), resident - len(step.reads)) + 1)
         choices = (step.reads.union(chosen) for count in kept for chosen in combinations(idle, count))

@@ -23,10 +23,10 @@ NEVER = 1 << 62
 
 
 class Step(NamedTuple):
-    """reads: the blocks that the step reads. at_hand: those that need no load, because the step computes them."""
+    """reads: the blocks that the step reads. available: those that need no load, because the step computes them."""
 
     reads: frozenset[int]
-    at_hand: range
+    available: range
 
 
 def measure(part: str) -> Iterator[Row]:
@@ -59,11 +59,11 @@ def measure(part: str) -> Iterator[Row]:
 
 
 def decode(pattern: Pattern, context: int, tokens: int) -> list[Step]:
-    """A step for each query block after ``context`` tokens. The first has all that it reads at hand."""
+    """A step for each query block after ``context`` tokens. The first has all that it reads available."""
     first = context // pattern.block_size
     blocks = range(first, first + tokens // pattern.block_size)
     steps = [Step(frozenset(pattern.visible_blocks(block)), range(block, block + 1)) for block in blocks]
-    return [steps[0]._replace(at_hand=range(first + 1)), *steps[1:]]
+    return [steps[0]._replace(available=range(first + 1)), *steps[1:]]
 
 
 def prefill(pattern: Pattern, context: int, chunk: int) -> list[Step]:
@@ -87,7 +87,7 @@ def loads(steps: Sequence[Step], resident: int, by_next_use: bool) -> int:
     held: dict[int, int] = {}  # block: what it is evicted by, the largest first
     returned = 0
     for number, (step, next_reads) in enumerate(zip(steps, _next_reads(steps), strict=True)):
-        returned += sum(block not in held and block not in step.at_hand for block in step.reads)
+        returned += sum(block not in held and block not in step.available for block in step.reads)
         held |= next_reads if by_next_use else dict.fromkeys(step.reads, -number)
         idle = sorted(held.keys() - step.reads, key=held.__getitem__, reverse=True)
         for block in idle[: max(0, len(held) - resident)]:
