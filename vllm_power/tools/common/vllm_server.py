@@ -1,6 +1,7 @@
 """Start `vllm serve` as a process of its own, wait until it answers, and stop it whatever happens."""
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from vllm_power.tools.common.ended import ended
+
+PORTS_HANDED_OUT = Path("/proc/sys/net/ipv4/ip_local_port_range")  # the first and the last, on Linux
 
 
 @dataclass(frozen=True)
@@ -145,11 +148,20 @@ def vllm_executable() -> str:
 
 
 def free_port() -> int:
-    """Return a TCP port of this machine that nothing listens on."""
-    with socket.socket() as listener:
+    """Return a TCP port of this machine that nothing listens on.
+
+    A server binds it seconds later. Therefore it is one that the system does not hand out until then.
+    """
+    first_handed_out = int(PORTS_HANDED_OUT.read_text().split()[0]) if PORTS_HANDED_OUT.exists() else 32_768
+    ports = range(10_000, first_handed_out)
+    for port in random.SystemRandom().sample(ports, min(100, len(ports))):
+        with socket.socket() as listener, suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
+    with socket.socket() as listener:  # the system hands out all ports, or many are taken
         listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
+        found: int = listener.getsockname()[1]
+        return found
 
 
 def last_line(log: Path) -> str:
