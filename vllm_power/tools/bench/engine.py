@@ -56,6 +56,12 @@ IMPLS: dict[str, dict[str, Any]] = {
 CHUNK = 8_192
 
 
+def kv_bytes_per_token(config: dict[str, Any]) -> int:
+    """Bytes of keys and values of a token in all layers, 2 bytes per value."""
+    head_size = config["hidden_size"] // config["num_attention_heads"]
+    return config["num_hidden_layers"] * config["num_key_value_heads"] * head_size * 2 * 2
+
+
 @contextmanager
 def model_folder(config: dict[str, Any]) -> Iterator[str]:
     """A folder that vLLM accepts as a model with random weights."""
@@ -84,20 +90,29 @@ def engine(impl: str, config: dict[str, Any], **settings: Any) -> Iterator[Any]:
 
 def add_requests(llm_engine: Any, count: int, prompt: int, new_tokens: int) -> None:
     """Add ``count`` prompts of random tokens. Each step then outputs only its new tokens, without text."""
+    sampling = greedy(new_tokens)
+    for index in range(count):
+        tokens = random_tokens(llm_engine, prompt)
+        llm_engine.add_request(f"{time.time_ns()}-{index}", {"prompt_token_ids": tokens}, sampling)
+
+
+def random_tokens(llm_engine: Any, count: int) -> list[int]:
+    """Random tokens of the model's vocabulary."""
+    return random.choices(range(llm_engine.vllm_config.model_config.get_vocab_size()), k=count)
+
+
+def greedy(new_tokens: int) -> Any:
+    """vLLM's SamplingParams for exactly ``new_tokens`` tokens. Each step outputs only its new tokens, without text."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    vocabulary = range(llm_engine.vllm_config.model_config.get_vocab_size())
-    sampling = SamplingParams(
+    return SamplingParams(
         temperature=0,
         max_tokens=new_tokens,
         ignore_eos=True,
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,
     )
-    for index in range(count):
-        tokens = random.choices(vocabulary, k=prompt)
-        llm_engine.add_request(f"{time.time_ns()}-{index}", {"prompt_token_ids": tokens}, sampling)
 
 
 def lacks_gpu(what: str, instead: str) -> bool:

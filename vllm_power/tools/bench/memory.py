@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from vllm_power.pattern import POWER
-from vllm_power.tools.bench.engine import QWEN2_7B, lacks_gpu, say, say_row
+from vllm_power.tools.bench.engine import QWEN2_7B, kv_bytes_per_token, lacks_gpu, say, say_row
 from vllm_power.tools.common import results
 from vllm_power.tools.common.apart import ChildFailed, rows_of
 from vllm_power.tools.common.results import Row
@@ -60,9 +60,7 @@ def jobs(
 def cache_bytes_for(sequences: int, tokens: int) -> int:
     """Bytes of a KV cache of Qwen2-7B's shape, 2 bytes per value, for whole sequences of ``tokens`` and a null page."""
     blocks = sequences * -(-tokens // POWER.block_size) + 1
-    head_size = QWEN2_7B["hidden_size"] // QWEN2_7B["num_attention_heads"]
-    token_bytes = QWEN2_7B["num_hidden_layers"] * QWEN2_7B["num_key_value_heads"] * head_size * 2 * 2
-    return blocks * POWER.block_size * token_bytes
+    return blocks * POWER.block_size * kv_bytes_per_token(QWEN2_7B)
 
 
 def main(

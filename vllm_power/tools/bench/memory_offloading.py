@@ -1,12 +1,11 @@
 """The part ``offloading`` of ``vllm-power bench memory``: a chat's second turn from host memory, on the real engine."""
 
 import os
-import random
 import time
 from collections.abc import Iterator
 from typing import Any
 
-from vllm_power.tools.bench.engine import CHUNK, QWEN2_7B, add_requests, engine
+from vllm_power.tools.bench.engine import CHUNK, QWEN2_7B, add_requests, engine, greedy, random_tokens
 from vllm_power.tools.common.apart import answer
 from vllm_power.tools.common.results import Row
 
@@ -52,8 +51,7 @@ def two_turns(llm: Any, context: int, output: int) -> dict[str, float]:
     at its end. cached_tokens: those of the second prompt that were not computed.
     """
     vllm = llm.llm_engine
-    vocabulary = range(vllm.vllm_config.model_config.get_vocab_size())
-    prompt = random.choices(vocabulary, k=context)
+    prompt = random_tokens(vllm, context)
     first = turn(vllm, "first", prompt, output)
     scheduler = vllm.engine_core.engine_core.scheduler
     for _ in range(MOST_STEPS):
@@ -62,7 +60,7 @@ def two_turns(llm: Any, context: int, output: int) -> dict[str, float]:
         vllm.step()
     if scheduler.has_requests() or not llm.reset_prefix_cache():
         raise RuntimeError("the copies to host memory are not complete")
-    question = random.choices(vocabulary, k=QUESTION)
+    question = random_tokens(vllm, QUESTION)
     second = turn(vllm, "second", [*prompt, *first["tokens"], *question], output)
     return {
         "value": second["seconds"],
@@ -74,19 +72,9 @@ def two_turns(llm: Any, context: int, output: int) -> dict[str, float]:
 
 def turn(vllm: Any, name: str, prompt: list[int], output: int) -> dict[str, Any]:
     """Serve a prompt alone. seconds: to its first token. held_pages: after its last step but one, all groups' pages."""
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
     scheduler = vllm.engine_core.engine_core.scheduler
-    sampling = SamplingParams(
-        temperature=0,
-        max_tokens=output,
-        ignore_eos=True,
-        detokenize=False,
-        output_kind=RequestOutputKind.DELTA,
-    )
     begin, seconds, held, tokens, cached = time.perf_counter(), 0.0, 0, [], 0
-    vllm.add_request(name, {"prompt_token_ids": prompt}, sampling)
+    vllm.add_request(name, {"prompt_token_ids": prompt}, greedy(output))
     while vllm.has_unfinished_requests():
         for got in vllm.step():
             seconds = seconds or time.perf_counter() - begin

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from vllm_power.pattern import POWER, Pattern
-from vllm_power.tools.bench.engine import CHUNK, QWEN2_7B
+from vllm_power.tools.bench.engine import CHUNK, QWEN2_7B, kv_bytes_per_token
 from vllm_power.tools.common.apart import answer
 from vllm_power.tools.common.results import Row
 
@@ -31,9 +31,7 @@ class Step(NamedTuple):
 
 def measure(part: str) -> Iterator[Row]:
     """One row per kind of work, context and number of resident blocks."""
-    heads = QWEN2_7B["num_hidden_layers"] * QWEN2_7B["num_key_value_heads"]
-    head_size = QWEN2_7B["hidden_size"] // QWEN2_7B["num_attention_heads"]
-    block_bytes = POWER.block_size * heads * head_size * 2 * 2  # keys and values, 2 bytes each
+    block_bytes = POWER.block_size * kv_bytes_per_token(QWEN2_7B)
     for context in CONTEXTS:
         for work, steps, tokens in (
             ("decode", decode(POWER, context, DECODED), DECODED),
