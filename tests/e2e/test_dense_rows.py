@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import generation, poison
-from support.engine_worker import Worker
+from support.engine_worker import NGRAM_DRAFTS, Worker
 from support.prompts import random_tokens
 from support.row_rules import PATTERN, RULES, TOO_SMALL, check, options
 from support.tolerance import Allowed, rms, truth
@@ -125,18 +125,12 @@ def test_preemption(name: str, model: Path, worker: Worker) -> None:
 def test_speculative_decoding(name: str, model: Path, another_worker: Callable[..., Worker]) -> None:
     """Drafts straddle blocks and the end of the prompt; some are accepted, some are not."""
     prompts = [random_tokens(1020), random_tokens(960)]
-    drafting = {
-        "method": "ngram",
-        "num_speculative_tokens": 4,
-        "prompt_lookup_min": 1,
-        "prompt_lookup_max": 3,
-    }
     worker = another_worker()
     worker.start(
         model,
         block_size=64,
         enable_prefix_caching=False,
-        speculative_config=drafting,
+        speculative_config=NGRAM_DRAFTS,
         additional_config=options(RULES[name]),
     )
     results = worker.call(generation.greedy, prompts, 150, False)

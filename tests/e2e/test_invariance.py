@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import generation
-from support.engine_worker import Worker
+from support.engine_worker import NGRAM_DRAFTS, Worker
 from support.prompts import random_tokens
 from support.tolerance import Allowed, truth
 
@@ -128,12 +128,7 @@ def test_speculative_decoding(
     worker.start(
         model,
         enable_prefix_caching=False,
-        speculative_config={
-            "method": "ngram",
-            "num_speculative_tokens": 4,
-            "prompt_lookup_min": 1,
-            "prompt_lookup_max": 3,
-        },
+        speculative_config=NGRAM_DRAFTS,
     )
     before = worker.call(generation.metrics)
     results = worker.call(generation.greedy, prompts, steps, False)

@@ -14,7 +14,7 @@ import pytest
 from support import shared_server
 from support.completions import complete, generated
 from support.prompts import random_tokens
-from support.row_rules import EVERYTHING, RULES, check
+from support.row_rules import EVERYTHING, RULES, SMALL_SERVER, check
 
 from vllm_power.tools.common.vllm_server import Server, serve
 
@@ -32,14 +32,8 @@ def model(small_model: Callable[..., Path]) -> Path:
 def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with serve(
         model,
-        "--attention-backend=power",
-        "--additional-config.power.block_size=64",
+        *SMALL_SERVER,
         "--additional-config.power.dense_layers=[]",
-        "--dtype=float32",
-        "--max-model-len=2048",
-        "--max-num-batched-tokens=300",
-        "--kv-cache-memory-bytes=64M",
-        "--enforce-eager",
         log=tmp_path_factory.mktemp("rows") / "log",
     ) as server:
         shared_server.keep_the_engine_to_one_core(server)

@@ -14,9 +14,9 @@ import pytest
 import torch
 from support import generation, shared_server
 from support.completions import complete, generated
-from support.engine_worker import Worker
+from support.engine_worker import NGRAM_DRAFTS, Worker
 from support.prompts import random_tokens
-from support.row_rules import RULES, check, options
+from support.row_rules import RULES, SMALL_SERVER, check, options
 
 from vllm_power.tools.common.vllm_server import Server, serve
 
@@ -25,7 +25,6 @@ pytestmark = pytest.mark.skipif(ON_GPUS and torch.cuda.device_count() < 2, reaso
 
 STEPS = 20
 LENGTHS = (1500, 1088, 300, 1)
-DRAFTS = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
 # One thread per process: vLLM would bind those of both to the same cores.
 ENVIRONMENT = {} if ON_GPUS else {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 WITH_GRAPHS = pytest.param(
@@ -88,7 +87,7 @@ def test_drafts_over_tensor_parallel(model: Path, another_worker: Callable[..., 
         model,
         tensor_parallel_size=2,
         block_size=64,
-        speculative_config=DRAFTS,
+        speculative_config=NGRAM_DRAFTS,
         additional_config=options(RULES["trained"]),
     )
     results = worker.call(generation.greedy, prompts, 150, False)
@@ -101,16 +100,10 @@ def test_drafts_over_tensor_parallel(model: Path, another_worker: Callable[..., 
 def data_parallel_server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with serve(
         model,
-        "--attention-backend=power",
+        *SMALL_SERVER,
         "--additional-config.power.mode=trained",
-        "--additional-config.power.block_size=64",
         "--data-parallel-size=2",
         "--api-server-count=1",
-        "--dtype=float32",
-        "--max-model-len=2048",
-        "--max-num-batched-tokens=300",
-        "--kv-cache-memory-bytes=64M",
-        "--enforce-eager",
         env=ENVIRONMENT | {"VLLM_PLUGINS": "power"},
         log=tmp_path_factory.mktemp("data-parallel") / "log",
     ) as server:

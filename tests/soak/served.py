@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from support.engine_worker import NGRAM_DRAFTS
 from support.random_model import make_model
 from support.shared_server import keep_the_engine_to_one_core
 
@@ -14,7 +15,6 @@ from vllm_power.tools.common.vllm_server import Server, serve
 
 MAX_MODEL_LEN = 32_768
 NAME = "soak"
-DRAFTS = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
 ENVIRONMENT = {
     "VLLM_PLUGINS": "power",
     # oneDNN keeps the last 1,024 shapes of matrix products. With 64 it is full before memory is compared.
@@ -41,7 +41,7 @@ def start(model: Path, log: Path, *arguments: str, **environment: str) -> Iterat
         "--max-num-batched-tokens=1024",
         "--max-num-seqs=64",
         f"--kv-cache-memory-bytes={300 * 64 * 2048}",
-        f"--speculative-config={json.dumps(DRAFTS)}",
+        f"--speculative-config={json.dumps(NGRAM_DRAFTS)}",
         "--enforce-eager",
         *arguments,
         env=ENVIRONMENT | environment,

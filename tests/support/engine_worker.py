@@ -27,6 +27,14 @@ SETTINGS: dict[str, Any] = {
     "disable_log_stats": False,
 }
 
+# What drafts in engines with speculative decoding: no model, only n-grams of the text so far.
+NGRAM_DRAFTS = {
+    "method": "ngram",
+    "num_speculative_tokens": 4,
+    "prompt_lookup_min": 1,
+    "prompt_lookup_max": 3,
+}
+
 
 class Worker:
     """``start`` an engine, then ``call`` functions of (llm, *arguments) on it. Functions must be at module level."""

@@ -30,6 +30,17 @@ TOO_SMALL: dict[str, Any] = {
     "num_gpu_blocks_override": 1 + 3 * 16 + 1,
 }
 
+# Arguments of a small server with these blocks.
+SMALL_SERVER = (
+    "--attention-backend=power",
+    "--additional-config.power.block_size=64",
+    "--dtype=float32",
+    "--max-model-len=2048",
+    "--max-num-batched-tokens=300",
+    "--kv-cache-memory-bytes=64M",
+    "--enforce-eager",
+)
+
 
 def options(rule: RowRule, **others: Any) -> dict[str, Any]:
     """``additional_config`` for ``rule``."""
