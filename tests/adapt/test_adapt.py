@@ -23,6 +23,7 @@ from vllm_power.hf.attention import register, use_power
 from vllm_power.tools.adapt import callbacks, report, train
 from vllm_power.tools.adapt.data import Rows
 from vllm_power.tools.adapt.engine import Planner
+from vllm_power.tools.adapt.relay import Relay
 from vllm_power.tools.adapt.run import run
 from vllm_power.tools.adapt.settings import Settings, Stage, stages_of
 from vllm_power.tools.common.command_options import Stopped
@@ -233,3 +234,42 @@ def test_rows_that_see_everything(settings: Callable[..., Settings], tmp_path: P
     assert ours["power"] == theirs["power"]  # plain text has no prompt
     losses = [rows_of(tmp_path / at, report.LOSS)[0]["loss"] for at in ("rule", "plain")]
     assert losses[0] != losses[1]
+
+
+def test_the_probe_teaches_and_is_discarded(
+    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It learns and changes what the layers learn, survives a stop, and is not in the model."""
+    told = []
+    forward = Relay.forward
+
+    def telling(self: Relay, relayed: torch.Tensor) -> torch.Tensor:
+        total = forward(self, relayed)
+        told.append(self.sums)
+        return total
+
+    monkeypatch.setattr(Relay, "forward", telling)
+    named = {"stages": (Stage(256, 30, in_steps=True),), "recall": 1.0, "eval_tokens": 0}
+    run(settings(probe=1.0, **named), tmp_path / "probe", save_every=5)
+    (first, asked), (last, asked_last) = (sum(told[part]).tolist() for part in (slice(20), slice(-20, None)))
+    assert len(told) == 60 and last / asked_last < 0.8 * first / asked
+    run(settings(probe=0.0, **named), tmp_path / "none")
+    assert len(told) == 60
+    ours, theirs = (load_file(tmp_path / at / "model.safetensors") for at in ("probe", "none"))
+    assert ours.keys() == theirs.keys()
+    assert any(not torch.equal(ours[name], theirs[name]) for name in ours)
+
+    read = Rows.__getitem__
+
+    def stopping(self: Rows, index: int) -> dict[str, torch.Tensor]:
+        if index == 13:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return read(self, index)
+
+    monkeypatch.setattr(Rows, "__getitem__", stopping)
+    with pytest.raises(Stopped):
+        run(settings(probe=1.0, **named), tmp_path / "again", save_every=5)
+    monkeypatch.setattr(Rows, "__getitem__", read)
+    run(settings(probe=1.0, **named), tmp_path / "again", save_every=5)
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert all(torch.equal(ours[name], again[name]) for name in ours)

@@ -12,6 +12,7 @@ from support.english_tokenizer import make_tokenizer
 
 from vllm_power.tools.adapt.data import Line, Rows
 from vllm_power.tools.adapt.recall import ANSWER_WEIGHT, ASKED, KINDS, Hider
+from vllm_power.tools.adapt.relay import END, NOT_ASKED, classes
 from vllm_power.tools.adapt.settings import Settings, Stage
 from vllm_power.tools.common import recall
 from vllm_power.tools.evals import ruler_generators
@@ -72,8 +73,29 @@ def test_every_fact_is_asked_for(tokenizer: Any) -> None:
     assert inside > 40
 
 
+def test_a_probe_asks_for_the_fact(tokenizer: Any) -> None:
+    """Each token after the fact, until the answer, is asked for the value; no token before, and none of the answer."""
+    text = np.arange(LENGTH) % 300 + 4
+    for seed in range(40):
+        made = Hider(tokenizer).lone(text, np.random.default_rng(seed))
+        assert (
+            made is not None and made.prompt == 0 and len(made.tokens) == LENGTH and made.relayed is not None
+        )
+        answer = tokenizer.decode(made.tokens[made.asked]).strip()
+        begin, end = np.flatnonzero(made.told & ~made.asked)[0], np.flatnonzero(made.asked)[0]
+        fact = np.flatnonzero(~made.told[begin:])[0] + begin
+        assert answer in tokenizer.decode(made.tokens[begin:fact])
+        asked = (made.relayed != NOT_ASKED).all(1)
+        assert np.array_equal(np.flatnonzero(asked), np.arange(fact, end))
+        assert (made.relayed[asked] == classes(answer)).all()
+        kept = made.tokens[~made.told & ~made.asked]
+        assert np.array_equal(kept, text[: len(kept)])
+    assert classes("A0z").tolist() == [10, 0, 35] + [END] * 5
+
+
 def test_what_is_too_short_hides_nothing(tokenizer: Any) -> None:
-    for hide in (Hider(tokenizer).hide, Hider(tokenizer).spread):
+    hider = Hider(tokenizer)
+    for hide in (hider.hide, hider.spread, hider.lone):
         assert hide(np.arange(10), np.random.default_rng(0)) is None
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.adapt_run import POWER
 from support.english_tokenizer import make_tokenizer
 from typer.testing import CliRunner
 
@@ -97,6 +98,9 @@ def test_a_tokenizer_that_cannot_be_loaded_is_told_in_one_line(tmp_path: Path) -
         ({"batch_tokens": 300}, "give --batch-tokens as a multiple of 128"),
         ({"power": {"windov_blocks": 2}}, "did you mean 'window_blocks'"),
         ({"power": {"dense_layers": "0-1"}}, "none of the 2 layers would run the pattern"),
+        ({"probe": 1.0}, "give --recall"),
+        ({"probe": 1.0, "recall": 1.0, "lora": 4}, "leave out --lora"),
+        ({"probe": 1.0, "recall": 1.0, "power": {**POWER, "decode": "dense"}}, "dense_tail and decode"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

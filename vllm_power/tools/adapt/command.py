@@ -57,6 +57,13 @@ def adapt_command(
         float,
         typer.Option(min=0.0, max=1.0, help="Share of the sequences with hidden facts that are asked for."),
     ] = 0.0,
+    probe: Annotated[
+        float,
+        typer.Option(
+            min=0.0,
+            help="Weight of a probe that asks the tokens after a hidden fact for it: teaches layers to relay.",
+        ),
+    ] = 0.0,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,
     seed: Annotated[int, typer.Option(help="Of the documents' order, and of adapters.")] = 0,
 ) -> None:
@@ -85,5 +92,6 @@ def adapt_command(
             seed=seed,
             distill=distill,
             recall=recall,
+            probe=probe,
         )
         run(settings, output, save_every)

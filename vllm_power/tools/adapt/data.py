@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 from vllm_power.tools.adapt.files import load
 from vllm_power.tools.adapt.recall import ANSWER_WEIGHT, Hider, Sequence
+from vllm_power.tools.adapt.relay import LONGEST
 from vllm_power.tools.adapt.settings import Settings
 
 NOT_ASKED = -100  # transformers' label of a token that is not predicted
@@ -170,10 +171,10 @@ class Rows(Dataset[dict[str, torch.Tensor]]):
         return len(self) / self.rows_in_pass
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """input_ids, position_ids and labels, int64 [row]; with a hider also prompts and label_weights.
+        """input_ids, position_ids and labels, int64 [row]; with a hider also prompts and label_weights, and relayed.
 
         prompts: at the first token of a sequence that ends with an answer the tokens before it, elsewhere 0.
-        label_weights: float32 [row], of each label in the loss.
+        label_weights: float32 [row], of each label in the loss. relayed: with a probe, as in a Sequence.
         """
         settings = self.settings
         number, place = divmod(index, self.rows_in_pass)
@@ -193,7 +194,11 @@ class Rows(Dataset[dict[str, torch.Tensor]]):
         if self.hider is not None:
             named["prompts"] = np.zeros_like(tokens)
             named["label_weights"] = np.ones(len(tokens), dtype=np.float32)
+            if settings.probe:
+                named["relayed"] = np.full((len(tokens), LONGEST), NOT_ASKED, dtype=np.int16)
             for (begin, end), made in hidden.items():
+                if made.relayed is not None:
+                    named["relayed"][begin:end] = made.relayed
                 labels[begin:end][made.told] = NOT_ASKED
                 named["prompts"][begin] = made.prompt
                 named["label_weights"][begin:end][made.asked] = ANSWER_WEIGHT
@@ -207,6 +212,8 @@ class Rows(Dataset[dict[str, torch.Tensor]]):
         for begin, end in zip(starts, [*starts[1:], len(tokens)], strict=True):
             if draw.random() < self.settings.recall:
                 hide = self.hider.spread if self.ask_anywhere else self.hider.hide
+                if self.settings.probe and draw.random() < 0.5:
+                    hide = self.hider.lone
                 made = hide(tokens[begin:end].copy(), draw)
                 if made is not None:
                     tokens[begin:end] = made.tokens

@@ -20,6 +20,7 @@ from vllm_power.hf.sparse import Plan
 from vllm_power.options import PatternOptions
 from vllm_power.pattern import ENDLESS, preset
 from vllm_power.tools.adapt.linear_loss import linear_loss
+from vllm_power.tools.adapt.relay import Relay
 
 # What some models do to their logits before the loss; the loss here does not.
 OTHER_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
@@ -122,13 +123,19 @@ def speed_up(
     *,
     teacher: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None,
     share: float = 0.0,
+    relay: Relay | None = None,
+    probe: float = 0.0,
 ) -> None:
     """Let ``model`` give its loss without logits in training, and take a Plan as ``power_plan``; in place.
 
     dtype: what is computed in, and what layers pass to each other; under autocast, weights may be in another one.
     teacher: what gives the hidden states and the head's weight of the model whose predictions are learnt, from the same
-    arguments; ``share`` as in ``linear_loss``.
+    arguments; ``share`` as in ``linear_loss``. relay: a probe that becomes a part of the model, and whose loss counts
+    ``probe`` times as much per token as the loss of the text.
     """
+    if relay is not None:
+        model.relay = relay
+        relay.watch(model)
     prepare(model, options, dtype)
     forward = model.forward
 
@@ -137,10 +144,12 @@ def speed_up(
         if given or not model.training or named.get("labels") is None:
             return forward(*given, **named)
         labels, count = named.pop("labels"), named.pop("num_items_in_batch", None)
-        weights = named.pop("label_weights", None)
+        weights, relayed = named.pop("label_weights", None), named.pop("relayed", None)
         hidden = hidden_states(model, **named)
         aim = teacher(**named) if teacher is not None else None
         loss = linear_loss(hidden, model.get_output_embeddings().weight, labels, aim, share, weights)
+        if relay is not None and relayed is not None:
+            loss = loss + probe * relay(relayed)
         return CausalLMOutputWithPast(loss=loss / ((labels[:, 1:] >= 0).sum() if count is None else count))
 
     model.forward = without_logits

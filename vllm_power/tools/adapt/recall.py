@@ -4,17 +4,20 @@ A sequence is rebuilt as text, with facts at random places, then a question and 
 label, since nothing could predict the facts: the text and the answer are learnt. Some sequences hide nothing and ask
 for a passage of the text itself. Under options without dense rows, every fact is asked for, anywhere after it
 (:meth:`Hider.spread`): where no row sees everything, a question needs no prompt that ends with it, and many questions
-per sequence teach more per token.
+per sequence teach more per token. Other sequences there hide one fact (:meth:`Hider.lone`), for which a probe asks the
+tokens between (relay.py).
 
 What is trained here is kept apart from what is asked in evaluations: :data:`KINDS` is for training alone, the
 evaluation's :data:`ASKED` and RULER's tasks have other kinds and other words (a test compares them).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from vllm_power.tools.adapt.relay import LONGEST, NOT_ASKED, classes
 
 Random = np.random.Generator
 
@@ -69,6 +72,36 @@ KINDS = (
         "\nWhich start number had the {name} in the race? The start number of the {name} was ",
     ),
     Kind("identifier", "hex", "\n{name} -> {value}\n", "\nFollow {name} -> "),
+    Kind(
+        "title",
+        "digits",
+        " The access code for {name} is {value}.",
+        "\nQuestion: what is the access code for {name}?\nAnswer: ",
+    ),
+    Kind("title", "digits", "\n- {name}: {value}\n", "\nIn the list above, {name} has the number "),
+    Kind("title", "digits", " {value} is what {name} costs.", "\nHow much does {name} cost? {name} costs "),
+    Kind(
+        "colour-animal",
+        "digits",
+        " Please note that parcel {value} belongs to the {name}.",
+        "\nThe parcel that belongs to the {name} has the number ",
+    ),
+    Kind("identifier", "digits", "\n# {name}={value}\n", "\n$ echo ${name}\n"),
+    Kind(
+        "colour-animal",
+        "digits",
+        " Somebody wrote {value} on the box of the {name}.",
+        "\nOn the box of the {name} somebody wrote ",
+    ),
+    Kind("identifier", "digits", "\n<{name}>{value}</{name}>\n", "\nThe content of <{name}> was "),
+    Kind(
+        "colour-animal",
+        "digits",
+        " The secret of the {name}, {value}, must not be forgotten.",
+        "\nThe secret of the {name} was told before. It is ",
+    ),
+    Kind("title", "hex", "\n| {name} | {value} |\n", "\nThe row of {name} in the table: | {name} | "),
+    Kind("title", "lower", " A message from {name}: {value}.", "\nWhich message came from {name}? It was "),
 )
 
 ASKED = (
@@ -105,7 +138,7 @@ LAST = _words("Abbott Brandt Castle Drummond Eriksen Falk Grant Holm Ivers Janse
 
 PASSAGE = 24  # tokens of a passage that is asked for, and as many before it that say which
 MOST_FACTS = 8
-MOST_SPREAD = 24  # facts of a sequence that asks for all of them
+TOKENS_PER_FACT = 256  # at least, of a sequence that asks for all of them
 
 ANSWER_WEIGHT = 8.0  # of an answer's token in the loss: answers are about 1% of the tokens
 
@@ -124,6 +157,7 @@ def _drawn(kind: str, draw: Random) -> str:
         "words": lambda: " ".join(one(THINGS) for _ in range(3)),
         "letters": lambda: characters("ABCDEFGHJKLMNPRSTUVWXYZ", 5),
         "colour-animal": lambda: f"{one(COLOURS)} {one(ANIMALS)}",
+        "title": lambda: f"{one(COLOURS)} {one(THINGS)}".title(),
         "identifier": lambda: f"{one(THINGS)}_{one(ANIMALS)}_{characters('0123456789', 2)}",
         "person": lambda: f"{one(FIRST)} {one(LAST)}",
     }
@@ -134,13 +168,15 @@ def _drawn(kind: str, draw: Random) -> str:
 class Sequence:
     """tokens: int64 [length]; asked: bool [length], the answer's; told: bool [length], facts and the question.
 
-    prompt: tokens before the answer; 0 if questions stand anywhere.
+    prompt: tokens before the answer; 0 if questions stand anywhere. relayed: int16 [length, LONGEST], what a probe asks
+    each token for (relay.py); None for no token.
     """
 
     tokens: np.ndarray
     asked: np.ndarray
     told: np.ndarray
     prompt: int
+    relayed: np.ndarray | None = None
 
 
 class Hider:
@@ -177,7 +213,7 @@ class Hider:
         ``text`` and the result as for :meth:`hide`.
         """
         known: dict[tuple[int, str], str] = {}
-        for _ in range(int(draw.integers(1, MOST_SPREAD + 1))):
+        for _ in range(int(draw.integers(1, 2 + len(text) // TOKENS_PER_FACT))):
             number = int(draw.integers(len(self.kinds)))
             known.setdefault(
                 (number, _drawn(self.kinds[number].names, draw)), _drawn(self.kinds[number].values, draw)
@@ -213,6 +249,28 @@ class Hider:
         rest = np.zeros(kept - done, bool)
         whole = np.concatenate(pieces).astype(np.int64)
         return Sequence(whole, np.concatenate([*asked_pieces, rest]), np.concatenate([*told_pieces, rest]), 0)
+
+    def lone(self, text: np.ndarray, draw: Random) -> Sequence | None:
+        """One fact, asked for at the end; a probe asks the tokens between for its value.
+
+        ``text`` and the result as for :meth:`hide`.
+        """
+        kinds = [kind for kind in self.kinds if kind.values != "words"]
+        kind = kinds[int(draw.integers(len(kinds)))]
+        name, value = _drawn(kind.names, draw), _drawn(kind.values, draw)
+        fact = self.encode(kind.fact.format(name=name, value=value))
+        asked, answer = self._asked(kind, name, value)
+        kept = len(text) - len(fact) - len(asked) - len(answer)
+        if kept < 2 * len(fact):
+            return None
+        begin = int(draw.integers(1, kept))
+        end = begin + len(fact)
+        tokens = np.concatenate([text[:begin], fact, text[begin:kept]])
+        place = np.arange(len(tokens))
+        made = _ended(tokens, (begin <= place) & (place < end), asked, answer)
+        relayed = np.full((len(text), LONGEST), NOT_ASKED, dtype=np.int16)
+        relayed[end : made.prompt] = classes(value)
+        return replace(made, prompt=0, relayed=relayed)
 
     def _asked(self, kind: Kind, name: str, value: str) -> tuple[list[int], list[int]]:
         """The tokens of the question, and of its answer."""

@@ -67,6 +67,8 @@ def run(settings: Settings, output: Path, save_every: int = 100) -> None:
             report.write(measured, output, report.PERPLEXITY)
     trainer = train(settings, options, rows, tokenizer, arguments, console)
 
+    if settings.probe:
+        del trainer.model.relay  # it is no part of the model that is served
     weights = output / ("adapter" if settings.lora else "unfinished")
     save_weights(trainer, weights)
     if state.is_main_process:
@@ -90,6 +92,11 @@ def run(settings: Settings, output: Path, save_every: int = 100) -> None:
 
 def check_model(settings: Settings, config: Any, options: PatternOptions) -> None:
     """Raises ValueError if the model cannot be trained like this, before anything is read or computed."""
+    if settings.probe and (settings.lora or not settings.recall or options.rows.has_dense_rows):
+        raise ValueError(
+            "--probe teaches the layers to pass on what --recall hides, where no row sees everything: give --recall, "
+            "and leave out --lora and the options dense_tail and decode"
+        )
     use_power(AutoConfig.from_pretrained(settings.model), options)
     text = config.get_text_config()
     longest, known = settings.row, getattr(text, "max_position_embeddings", None)

@@ -78,6 +78,7 @@ class Settings:
     seed: int = 0
     distill: float = 0.0
     recall: float = 0.0
+    probe: float = 0.0
 
     @property
     def dtype(self) -> "torch.dtype":

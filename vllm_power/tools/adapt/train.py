@@ -23,6 +23,7 @@ from vllm_power.tools.adapt.engine import (
 )
 from vllm_power.tools.adapt.loop import fill_memory, run_to_the_end, training_arguments
 from vllm_power.tools.adapt.loss import spare_logits
+from vllm_power.tools.adapt.relay import Relay
 from vllm_power.tools.adapt.settings import Settings
 
 
@@ -45,9 +46,7 @@ def train(
         model.to(device)
 
         def loss_of(count: int) -> torch.Tensor:
-            row = {"input_ids": torch.zeros(settings.row, dtype=torch.long)}
-            row |= {"position_ids": torch.arange(settings.row), "labels": row["input_ids"]}
-            batch = collate([row] * count)
+            batch = collate([rows[0]] * count)
             return model(**{name: part.to(device) for name, part in batch.items()}).loss
 
         fill_memory(arguments, model, settings.row, loss_of, console)
@@ -61,7 +60,8 @@ def train(
     )
 
     def describe(step: int, logs: dict[str, Any]) -> str:
-        return f"sequences of {settings.length_at(step - 1):,}, loss {float(logs['loss']):.3f}"
+        told = f", probe {model.relay.told()}" if settings.probe else ""
+        return f"sequences of {settings.length_at(step - 1):,}, loss {float(logs['loss']):.3f}{told}"
 
     def write_losses() -> None:
         if trainer.is_world_process_zero():
@@ -102,8 +102,23 @@ def load(settings: Settings, options: PatternOptions, device: torch.device) -> t
         # Adam moves the rows of tokens that the data lack as far as those of frequent ones, by gradients near zero.
         for part in (model.get_input_embeddings(), model.get_output_embeddings()):
             part.requires_grad_(False)
+    relay = None
+    if settings.probe:
+        if not plain:
+            raise ValueError(
+                f"--probe does not know {settings.model}, which does more to its logits than its head"
+            )
+        relay = Relay(model.config.get_text_config().hidden_size)
     if plain:
-        speed_up(model, options, settings.dtype, teacher=teacher, share=settings.distill)
+        speed_up(
+            model,
+            options,
+            settings.dtype,
+            teacher=teacher,
+            share=settings.distill,
+            relay=relay,
+            probe=settings.probe,
+        )
     else:
         spare_logits(model)
     if settings.lora:

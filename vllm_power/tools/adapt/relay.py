@@ -1,0 +1,70 @@
+"""A probe that teaches tokens to pass on what was told far before them. It is discarded after the training.
+
+Where no row sees everything, a fact reaches a later question through the tokens between them, and these do not know
+what will be asked. From the few answers alone they learn slowly to pass it on. So each token between a fact and its
+question is asked for the fact's value, by a linear map of its hidden state at two thirds of the layers: the layers
+after it are free to read what was passed on, and to predict the text.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+CHARACTERS = "0123456789abcdefghijklmnopqrstuvwxyz"
+END = len(CHARACTERS)  # the class after a value's last character
+LONGEST = 8  # characters of a value
+NOT_ASKED = -100  # where a token is not asked
+
+
+def classes(value: str) -> np.ndarray:
+    """int16 [LONGEST]: the characters of ``value``, in any case, and END where there are none."""
+    found = [CHARACTERS.index(character) for character in value.lower()]
+    return np.asarray(found + [END] * (LONGEST - len(found)), dtype=np.int16)
+
+
+class Relay(nn.Module):
+    """The probe of a model with hidden states of ``width``.
+
+    sums: float [2], of the last forward pass: the result of :meth:`forward`, and the tokens that were asked. It stays
+    on the device.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.guess = nn.Linear(width, LONGEST * (END + 1))
+        for weight in self.parameters():
+            nn.init.zeros_(weight)
+        self.seen: dict[str, torch.Tensor] = {}
+        self.sums = torch.zeros(2)
+
+    def watch(self, model: Any) -> None:
+        """Take the hidden states of each forward pass of ``model``, after two thirds of its layers."""
+        layers = model.get_decoder().layers
+
+        def note(layer: nn.Module, given: Any, output: Any) -> None:
+            self.seen["states"] = output if isinstance(output, torch.Tensor) else output[0]
+
+        layers[2 * len(layers) // 3 - 1].register_forward_hook(note)
+
+    def forward(self, relayed: torch.Tensor) -> torch.Tensor:
+        """The loss of the last forward pass: nats per character, summed over the tokens that are asked.
+
+        relayed: int16 [rows, length, LONGEST], from :func:`classes`, NOT_ASKED at other tokens.
+        """
+        states = self.seen.pop("states")
+        guesses = self.guess(F.rms_norm(states.float(), states.shape[-1:])).float()
+        wanted = relayed.flatten().long()
+        total = (
+            F.cross_entropy(guesses.view(-1, END + 1), wanted, ignore_index=NOT_ASKED, reduction="sum")
+            / LONGEST
+        )
+        self.sums = torch.stack((total.detach(), (relayed[..., 0] != NOT_ASKED).sum()))
+        return total
+
+    def told(self) -> str:
+        """The loss of the last forward pass, to be read."""
+        total, asked = self.sums.tolist()
+        return f"{total / asked:.2f} nats" if asked else "nothing asked"
