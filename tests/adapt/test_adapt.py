@@ -197,6 +197,13 @@ def test_a_loss_that_is_not_a_number_stops_a_run(
     assert not list((tmp_path / "out").glob("checkpoints/checkpoint-*"))
 
 
+def test_dense_training(settings: Callable[..., Settings], tmp_path: Path) -> None:
+    """The pattern "full" trains the dense model, to compare with: the same training without the pattern."""
+    run(settings(power={"pattern": "full"}, stages=stages_of("128:1steps")), tmp_path)
+    for row in rows_of(tmp_path, report.PERPLEXITY):
+        assert row["power"] == pytest.approx(row["dense"], rel=1e-6)
+
+
 @pytest.mark.parametrize("embeddings", [False, True])
 def test_what_is_trained(
     embeddings: bool, settings: Callable[..., Settings], model: Path, tmp_path: Path

@@ -45,7 +45,7 @@ def run(settings: Settings, output: Path, save_every: int = 100) -> None:
         f"{rows.passes:.2f} times; the pattern hides something from {hidden:.0%} of the last stage's tokens",
         soft_wrap=True,
     )
-    if not hidden:
+    if not hidden and options.pattern != "full":
         raise ValueError(
             f"no token would be trained under the pattern: the first {dense_tokens:,} tokens of a text see everything. "
             "Give longer --stages, or longer documents, or leave out --apart"
