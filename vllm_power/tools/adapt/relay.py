@@ -1,9 +1,13 @@
 """A probe that teaches tokens to pass on what was told far before them. It is discarded after the training.
 
-Where no row sees everything, a fact reaches a later question through the tokens between them, and these do not know
-what will be asked. From the few answers alone they learn slowly to pass it on. So each token between a fact and its
-question is asked for the fact's value, by a linear map of its hidden state at two thirds of the layers: the layers
-after it are free to read what was passed on, and to predict the text.
+Where no row sees everything, a fact reaches a later question through the blocks between them, and these do not know
+what will be asked. From the few answers alone they learn slowly to pass it on. So each block from the fact to the
+question is asked for the fact's value. What asks is as weak as a reader of the block: for each character a query picks
+tokens of the block, and a linear map guesses the character from their hidden states. The block with the fact shows what
+to pick, the blocks after it learn to hold the same.
+
+The hidden states are those at two thirds of the layers: the layers after it are free to read what was passed on, and to
+predict the text.
 """
 
 from typing import Any
@@ -26,17 +30,17 @@ def classes(value: str) -> np.ndarray:
 
 
 class Relay(nn.Module):
-    """The probe of a model with hidden states of ``width``.
+    """The probe of a model with hidden states of ``width``, for blocks of ``block_size`` tokens.
 
-    sums: float [2], of the last forward pass: the result of :meth:`forward`, and the tokens that were asked. It stays
-    on the device.
+    sums: float [2], of the last forward pass: the result of :meth:`forward`, and the tokens of the blocks that were
+    asked. It stays on the device.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, block_size: int) -> None:
         super().__init__()
-        self.guess = nn.Linear(width, LONGEST * (END + 1))
-        for weight in self.parameters():
-            nn.init.zeros_(weight)
+        self.block_size = block_size
+        self.pick = nn.Parameter(torch.zeros(LONGEST, width))
+        self.guess = nn.Parameter(torch.zeros(LONGEST, width, END + 1))
         self.seen: dict[str, torch.Tensor] = {}
         self.sums = torch.zeros(2)
 
@@ -50,18 +54,23 @@ class Relay(nn.Module):
         layers[2 * len(layers) // 3 - 1].register_forward_hook(note)
 
     def forward(self, relayed: torch.Tensor) -> torch.Tensor:
-        """The loss of the last forward pass: nats per character, summed over the tokens that are asked.
+        """The loss of the last forward pass: nats per character, summed over the tokens of the blocks that are asked.
 
-        relayed: int16 [rows, length, LONGEST], from :func:`classes`, NOT_ASKED at other tokens.
+        relayed: int16 [rows, length, LONGEST], from :func:`classes`, NOT_ASKED at tokens that do not know the fact. A
+        block is asked what its last token is asked.
         """
         states = self.seen.pop("states")
-        guesses = self.guess(F.rms_norm(states.float(), states.shape[-1:])).float()
-        wanted = relayed.flatten().long()
-        total = (
-            F.cross_entropy(guesses.view(-1, END + 1), wanted, ignore_index=NOT_ASKED, reduction="sum")
-            / LONGEST
-        )
-        self.sums = torch.stack((total.detach(), (relayed[..., 0] != NOT_ASKED).sum()))
+        states = F.rms_norm(states.float(), states.shape[-1:])
+        blocks = relayed.shape[1] // self.block_size
+        tokens = states[:, : blocks * self.block_size].unflatten(1, (blocks, self.block_size))
+        shares = torch.einsum("rbtw,cw->rbtc", tokens, self.pick).float().softmax(2)
+        picked = torch.einsum("rbtc,rbtw->rbcw", shares.to(tokens.dtype), tokens)
+        guesses = torch.einsum("rbcw,cwk->rbck", picked, self.guess).float()
+        wanted = relayed[:, self.block_size - 1 :: self.block_size].long()
+        total = F.cross_entropy(
+            guesses.flatten(0, 2), wanted.flatten(), ignore_index=NOT_ASKED, reduction="sum"
+        ) * (self.block_size / LONGEST)
+        self.sums = torch.stack((total.detach(), self.block_size * (wanted[..., 0] != NOT_ASKED).sum()))
         return total
 
     def told(self) -> str:

@@ -108,7 +108,7 @@ def load(settings: Settings, options: PatternOptions, device: torch.device) -> t
             raise ValueError(
                 f"--probe does not know {settings.model}, which does more to its logits than its head"
             )
-        relay = Relay(model.config.get_text_config().hidden_size)
+        relay = Relay(model.config.get_text_config().hidden_size, options.effective_pattern.block_size)
     if plain:
         speed_up(
             model,
