@@ -4,14 +4,21 @@ import re
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import PartialState
 from datasets import Dataset
 from support.english_tokenizer import make_tokenizer
 
+from vllm_power.options import PatternOptions
+from vllm_power.tools.adapt import evaluate
 from vllm_power.tools.adapt.data import Line, Rows
-from vllm_power.tools.adapt.recall import ANSWER_WEIGHT, ASKED, KINDS, Hider
+from vllm_power.tools.adapt.facts import ASKED, KINDS, WHATS
+from vllm_power.tools.adapt.recall import ANSWER_WEIGHT, Hider
 from vllm_power.tools.adapt.relay import END, NOT_ASKED, classes
 from vllm_power.tools.adapt.settings import Settings, Stage
 from vllm_power.tools.common import recall
@@ -134,11 +141,10 @@ def test_rows_that_ask_anywhere(tokenizer: Any) -> None:
         assert (row["labels"] == -100).sum() > weighed.sum() / 2
 
 
-def words_of(text: str) -> set[str]:
-    """Runs of three words, without what is filled in."""
-    words = re.sub(r"\{\w*\}", " ", text).lower()
-    found = re.findall(r"[a-z]+", words)
-    return set(zip(found, found[1:], found[2:], strict=False))
+def words_of(text: str) -> set[tuple[str, ...]]:
+    """Runs of three words. What is filled in divides them."""
+    runs = [re.findall(r"[a-z]+", part) for part in re.split(r"\{\w*\}", text.lower())]
+    return {run for found in runs for run in zip(found, found[1:], found[2:], strict=False)}
 
 
 def test_evaluations_ask_in_other_words() -> None:
@@ -149,4 +155,26 @@ def test_evaluations_ask_in_other_words() -> None:
         Path(ruler_generators.__file__).read_text()
     )
     assert trained and not trained & (asked | tasks)
+    assert not {"magic", "special", "secret", "licence", "extension"} & set(WHATS)
     assert not any(ours.names == theirs.names for ours, theirs in product(KINDS, ASKED))
+
+
+@pytest.mark.parametrize(("wrong", "right"), [(None, 3), (-1, 3), (-2, 2), (0, 2)])
+def test_a_right_answer(
+    wrong: int | None, right: int, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every token but the end of the line has to be right."""
+    hider = Hider(tokenizer, ASKED)
+    asked = [hider.hide(np.arange(LENGTH) % 300 + 4, np.random.default_rng(seed), False) for seed in range(3)]
+    said = [sequence.tokens.copy() for sequence in asked]
+    if wrong is not None:
+        said[0][asked[0].prompt :][wrong] += 1
+    turn = iter(said)
+
+    def hidden(*given: Any) -> torch.Tensor:
+        return F.one_hot(torch.from_numpy(next(turn)).roll(-1), 4096).float()[None]
+
+    monkeypatch.setattr(evaluate, "_hidden", hidden)
+    model = Mock(get_output_embeddings=lambda: torch.nn.Identity())
+    options = PatternOptions(pattern="power")
+    assert evaluate._right(model, None, options, asked, PartialState(cpu=True)) == right

@@ -92,13 +92,16 @@ def _loss(
 def _right(
     model: Any, planner: Planner | None, options: PatternOptions, asked: list[Sequence], state: PartialState
 ) -> int:
-    """Answers of which every token is the most likely one after the right tokens before it."""
+    """Answers of which every token is the most likely one after the right tokens before it.
+
+    The last token does not count: it ends the line, where a model that was not trained on such lines puts a full stop.
+    """
     right = torch.zeros((), dtype=torch.int64, device=state.device)
     for sequence in asked[state.process_index :: state.num_processes]:
         tokens = torch.from_numpy(sequence.tokens)[None].to(state.device)
-        hidden = _hidden(model, planner, options, tokens, sequence.prompt)[:, sequence.prompt - 1 : -1]
+        hidden = _hidden(model, planner, options, tokens, sequence.prompt)[:, sequence.prompt - 1 : -2]
         best = model.get_output_embeddings()(hidden).argmax(-1)
-        right += (best == tokens[:, sequence.prompt :]).all()
+        right += (best == tokens[:, sequence.prompt : -1]).all()
     return int(reduce(right, "sum").item())
 
 

@@ -6,162 +6,21 @@ for a passage of the text itself. Under options without dense rows, every fact i
 (:meth:`Hider.spread`): where no row sees everything, a question needs no prompt that ends with it, and many questions
 per sequence teach more per token. Other sequences there hide one fact (:meth:`Hider.lone`), for which a probe asks the
 tokens between (relay.py).
-
-What is trained here is kept apart from what is asked in evaluations: :data:`KINDS` is for training alone, the
-evaluation's :data:`ASKED` and RULER's tasks have other kinds and other words (a test compares them).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from vllm_power.tools.adapt.facts import KINDS, Fact, Kind, Random
 from vllm_power.tools.adapt.relay import LONGEST, NOT_ASKED, classes
-
-Random = np.random.Generator
-
-
-class Kind(NamedTuple):
-    """How names and values are drawn, the fact, and the question, which ends where the answer begins."""
-
-    names: str
-    values: str
-    fact: str
-    question: str
-
-
-KINDS = (
-    Kind(
-        "colour-animal",
-        "digits",
-        "\nNote: the locker of the {name} opens with {value}.\n",
-        "\nQuestion: what opens the locker of the {name}?\nAnswer: ",
-    ),
-    Kind(
-        "colour-animal",
-        "digits",
-        "\nThe {name} lives at number {value}.\n",
-        "\nAt which number does the {name} live? At number ",
-    ),
-    Kind("identifier", "hex", '\n    "{name}": "{value}",\n', '\nThe entry of "{name}" is "'),
-    Kind("identifier", "digits", "\n{name} = {value}\n", "\n>>> print({name})\n"),
-    Kind("identifier", "words", "\n[{name}] {value}\n", "\nThe line marked [{name}] reads: "),
-    Kind(
-        "identifier",
-        "digits",
-        " (see ticket {value} about {name})",
-        "\nWhich ticket is about {name}? Ticket ",
-    ),
-    Kind(
-        "colour-animal",
-        "digits",
-        " By the way, the {name} weighs {value} grams.",
-        "\nHow many grams does the {name} weigh? It weighs ",
-    ),
-    Kind(
-        "colour-animal",
-        "lower",
-        " Remember that the password of the {name} is {value}.",
-        "\nQuestion: give the password of the {name}.\nAnswer: ",
-    ),
-    Kind(
-        "colour-animal",
-        "digits",
-        " In the race the {name} had the start number {value}.",
-        "\nWhich start number had the {name} in the race? The start number of the {name} was ",
-    ),
-    Kind("identifier", "hex", "\n{name} -> {value}\n", "\nFollow {name} -> "),
-    Kind(
-        "title",
-        "digits",
-        " The access code for {name} is {value}.",
-        "\nQuestion: what is the access code for {name}?\nAnswer: ",
-    ),
-    Kind("title", "digits", "\n- {name}: {value}\n", "\nIn the list above, {name} has the number "),
-    Kind("title", "digits", " {value} is what {name} costs.", "\nHow much does {name} cost? {name} costs "),
-    Kind(
-        "colour-animal",
-        "digits",
-        " Please note that parcel {value} belongs to the {name}.",
-        "\nThe parcel that belongs to the {name} has the number ",
-    ),
-    Kind("identifier", "digits", "\n# {name}={value}\n", "\n$ echo ${name}\n"),
-    Kind(
-        "colour-animal",
-        "digits",
-        " Somebody wrote {value} on the box of the {name}.",
-        "\nOn the box of the {name} somebody wrote ",
-    ),
-    Kind("identifier", "digits", "\n<{name}>{value}</{name}>\n", "\nThe content of <{name}> was "),
-    Kind(
-        "colour-animal",
-        "digits",
-        " The secret of the {name}, {value}, must not be forgotten.",
-        "\nThe secret of the {name} was told before. It is ",
-    ),
-    Kind("title", "hex", "\n| {name} | {value} |\n", "\nThe row of {name} in the table: | {name} | "),
-    Kind("title", "lower", " A message from {name}: {value}.", "\nWhich message came from {name}? It was "),
-)
-
-ASKED = (
-    Kind(
-        "person",
-        "digits",
-        "\nYou can call {name} on extension {value}.\n",
-        "\nTo reach {name}, dial extension ",
-    ),
-    Kind(
-        "person",
-        "letters",
-        "\nThe car of {name} has the licence plate {value}.\n",
-        "\nWhich licence plate has the car of {name}? It is ",
-    ),
-)
-
-
-def _words(text: str) -> list[str]:
-    return text.split()
-
-
-COLOURS = _words(
-    "amber azure black bronze copper crimson green grey indigo ivory olive pink purple red silver white"
-)
-ANIMALS = _words(
-    "badger bear camel crane eagle falcon ferret fox goose heron lynx otter raven stoat tiger wolf"
-)
-THINGS = _words(
-    "anchor basket candle dagger engine feather garden hammer island jacket kettle ladder mirror needle"
-)
-FIRST = _words("Ada Boris Clara Dmitri Elena Felix Greta Hugo Irene Jonas Karin Lukas Marta Nils Olga Pavel")
-LAST = _words("Abbott Brandt Castle Drummond Eriksen Falk Grant Holm Ivers Jansen Keller Lind Moreau Novak")
 
 PASSAGE = 24  # tokens of a passage that is asked for, and as many before it that say which
 MOST_FACTS = 8
 TOKENS_PER_FACT = 256  # at least, of a sequence that asks for all of them
 
 ANSWER_WEIGHT = 8.0  # of an answer's token in the loss: answers are about 1% of the tokens
-
-
-def _drawn(kind: str, draw: Random) -> str:
-    def one(words: list[str]) -> str:
-        return words[int(draw.integers(len(words)))]
-
-    def characters(alphabet: str, count: int) -> str:
-        return "".join(alphabet[int(place)] for place in draw.integers(len(alphabet), size=count))
-
-    made: dict[str, Callable[[], str]] = {
-        "digits": lambda: characters("0123456789", int(draw.integers(4, 9))),
-        "hex": lambda: characters("0123456789abcdef", 8),
-        "lower": lambda: characters("abcdefghijkmnpqrstuvwxyz", 6),
-        "words": lambda: " ".join(one(THINGS) for _ in range(3)),
-        "letters": lambda: characters("ABCDEFGHJKLMNPRSTUVWXYZ", 5),
-        "colour-animal": lambda: f"{one(COLOURS)} {one(ANIMALS)}",
-        "title": lambda: f"{one(COLOURS)} {one(THINGS)}".title(),
-        "identifier": lambda: f"{one(THINGS)}_{one(ANIMALS)}_{characters('0123456789', 2)}",
-        "person": lambda: f"{one(FIRST)} {one(LAST)}",
-    }
-    return made[kind]()
 
 
 @dataclass(frozen=True)
@@ -191,12 +50,13 @@ class Hider:
         if passages and draw.random() < 1 / (1 + len(self.kinds)):
             return self._passage(text, draw)
         kind = self.kinds[int(draw.integers(len(self.kinds)))]
-        known = {
-            _drawn(kind.names, draw): _drawn(kind.values, draw)
-            for _ in range(int(draw.integers(1, MOST_FACTS + 1)))
-        }
-        facts = [self.encode(kind.fact.format(name=name, value=value)) for name, value in known.items()]
-        asked, answer = self._asked(kind, *list(known.items())[int(draw.integers(len(known)))])
+        first = Fact.drawn(kind, draw)
+        known = {first.name: first}
+        for _ in range(int(draw.integers(MOST_FACTS))):
+            fact = Fact.drawn(kind, draw, first.what)
+            known.setdefault(fact.name, fact)
+        facts = [self.encode(fact.told) for fact in known.values()]
+        asked, answer = self._asked(list(known.values())[int(draw.integers(len(known)))])
         kept = len(text) - sum(map(len, facts)) - len(asked) - len(answer)
         if kept < 2 * len(facts):
             return None
@@ -212,16 +72,12 @@ class Hider:
 
         ``text`` and the result as for :meth:`hide`.
         """
-        known: dict[tuple[int, str], str] = {}
+        known: dict[tuple[Kind, str], Fact] = {}
         for _ in range(int(draw.integers(1, 2 + len(text) // TOKENS_PER_FACT))):
-            number = int(draw.integers(len(self.kinds)))
-            known.setdefault(
-                (number, _drawn(self.kinds[number].names, draw)), _drawn(self.kinds[number].values, draw)
-            )
-        facts, questions = [], []
-        for (number, name), value in known.items():
-            facts.append(self.encode(self.kinds[number].fact.format(name=name, value=value)))
-            questions.append(self._asked(self.kinds[number], name, value))
+            fact = Fact.drawn(self.kinds[int(draw.integers(len(self.kinds)))], draw)
+            known.setdefault((fact.kind, fact.name), fact)
+        facts = [self.encode(fact.told) for fact in known.values()]
+        questions = [self._asked(fact) for fact in known.values()]
         kept = len(text) - sum(map(len, facts)) - sum(len(asked) + len(answer) for asked, answer in questions)
         if kept < 2 * len(facts):
             return None
@@ -256,10 +112,9 @@ class Hider:
         ``text`` and the result as for :meth:`hide`.
         """
         kinds = [kind for kind in self.kinds if kind.values != "words"]
-        kind = kinds[int(draw.integers(len(kinds)))]
-        name, value = _drawn(kind.names, draw), _drawn(kind.values, draw)
-        fact = self.encode(kind.fact.format(name=name, value=value))
-        asked, answer = self._asked(kind, name, value)
+        drawn = Fact.drawn(kinds[int(draw.integers(len(kinds)))], draw)
+        fact = self.encode(drawn.told)
+        asked, answer = self._asked(drawn)
         kept = len(text) - len(fact) - len(asked) - len(answer)
         if kept < 2 * len(fact):
             return None
@@ -269,14 +124,14 @@ class Hider:
         place = np.arange(len(tokens))
         made = _ended(tokens, (begin <= place) & (place < end), asked, answer)
         relayed = np.full((len(text), LONGEST), NOT_ASKED, dtype=np.int16)
-        relayed[end : made.prompt] = classes(value)
+        relayed[end : made.prompt] = classes(drawn.value)
         return replace(made, prompt=0, relayed=relayed)
 
-    def _asked(self, kind: Kind, name: str, value: str) -> tuple[list[int], list[int]]:
+    def _asked(self, fact: Fact) -> tuple[list[int], list[int]]:
         """The tokens of the question, and of its answer."""
         # Tokenizers join a space with the word after it, so it belongs to the answer.
-        words = kind.question.format(name=name)
-        return self.encode(words.rstrip(" ")), self.encode(" " * words.endswith(" ") + value + "\n")
+        words = fact.question
+        return self.encode(words.rstrip(" ")), self.encode(" " * words.endswith(" ") + fact.value + "\n")
 
     def _passage(self, text: np.ndarray, draw: Random) -> Sequence | None:
         question = self.encode("\nAs written above:\n")

@@ -15,7 +15,8 @@ from vllm_power.options import PatternOptions, of_pattern
 from vllm_power.tools.adapt import data, report
 from vllm_power.tools.adapt.evaluate import perplexities
 from vllm_power.tools.adapt.export import export, save_weights
-from vllm_power.tools.adapt.recall import ASKED, Hider
+from vllm_power.tools.adapt.facts import ASKED
+from vllm_power.tools.adapt.recall import Hider
 from vllm_power.tools.adapt.settings import Settings
 from vllm_power.tools.adapt.train import arguments_of, train
 from vllm_power.tools.common import results
