@@ -70,3 +70,21 @@ def test_help_loads_nothing_heavy():
     code += "print(*{'torch', 'vllm', 'transformers', 'openai', 'numpy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+@pytest.mark.parametrize(
+    "words, extra",
+    [
+        (["recall", "nowhere"], "train"),
+        (["calibrate", "nowhere", "--text", __file__], "train"),
+        (["adapt", "nowhere", "--data", __file__, "--output", "nothing"], "train"),
+        (["eval", "--url", "http://127.0.0.1:9/v1"], "eval"),
+    ],
+    ids=lambda words: words[0] if isinstance(words, list) else words,
+)
+def test_a_package_for_the_end_is_missed_at_the_start(words, extra, monkeypatch):
+    """The plot comes last. Whoever lacks what draws it is told before hours of work."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    done = runner.invoke(app, words)
+    assert done.exit_code in (1, 2)
+    assert done.output.strip() == f"matplotlib is not installed: pip install 'vllm-power[{extra}]'"

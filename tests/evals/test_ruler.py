@@ -8,14 +8,18 @@ import os
 import random
 import sys
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from vllm_power.tools.cli import app
 from vllm_power.tools.evals import ruler
 from vllm_power.tools.evals.ruler_generators import maker_of, quiet
 from vllm_power.tools.evals.settings import NEEDS_NETWORK, RULER, EvalError, Settings
+from vllm_power.tools.evals.target import Target
 
 
 def settings(**changes) -> Settings:
@@ -173,3 +177,13 @@ def test_a_chat_begins_the_answer_where_the_server_is_vllm(endpoint, evaluate):
         assert user["content"].endswith("mentioned in the provided text?")
         assert assistant["content"].startswith("The special magic number for")
         assert body["continue_final_message"] and not body["add_generation_prompt"]
+
+
+def test_the_harness_is_missed_before_a_server_starts(monkeypatch):
+    def missing(package):
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr(ruler, "version", missing)
+    monkeypatch.setattr(Target, "running", lambda *given: pytest.fail("started"))
+    done = CliRunner().invoke(app, ["eval", "--serve", "nowhere", "--tasks", "passkey,ruler_vt"])
+    assert done.exit_code == 2 and "ruler_vt needs lm-evaluation-harness: pip install" in done.output

@@ -3,8 +3,9 @@
 What is trained is kept apart from what is asked in evaluations: :data:`KINDS` is for training alone, the evaluation's
 :data:`ASKED`, `vllm-power recall` and RULER have other names and other words (a test compares them).
 
-A model that learns a few wordings passes on facts in these alone. So many kinds have a word drawn into them
+A model that learns a few wordings passes on facts in these alone. So 16 kinds have a word drawn into them
 (:data:`WHATS`), and names of any form.
+
 """
 
 from collections.abc import Callable

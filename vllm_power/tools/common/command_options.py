@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Annotated, Any
 
 import typer
@@ -19,6 +20,13 @@ Dtype = Annotated[str, typer.Option(help="dtype for transformers: auto, bfloat16
 Device = Annotated[str, typer.Option(help="device_map for transformers: auto, cpu, cuda:0.")]
 
 
+def require(*packages: str) -> None:
+    """Raises ModuleNotFoundError if one is not installed: for what is imported only at the end, after hours of work."""
+    for package in packages:
+        if find_spec(package) is None:
+            raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+
+
 class Stopped(Exception):
     """A training was stopped by a signal; the same command resumes it."""
 
@@ -28,6 +36,7 @@ def errors_in_one_line(command: str, extra: str) -> Iterator[None]:
     """Exit with status 1 and one line if a file or a value is wrong, a package of ``extra`` is missing, or a training
     was stopped or cannot continue."""
     try:
+        require("matplotlib")  # all of these commands end with a plot
         yield
     except ModuleNotFoundError as error:
         typer.echo(f"{error.name} is not installed: pip install 'vllm-power[{extra}]'", err=True)

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from vllm_power.tools.common.command_options import require
 from vllm_power.tools.evals.settings import EvalError, Settings, even_depths, parse_lengths, parse_tasks
 
 MODEL, MEASURED, OUTPUT = "The model", "What is measured", "Running and results"
@@ -174,6 +175,8 @@ def eval_command(
         raise typer.BadParameter(str(error)) from error
     try:
         from vllm_power.tools.evals.run import Job, run
+
+        require("jinja2", "matplotlib")
     except ModuleNotFoundError as error:
         typer.echo(f"{error.name} is not installed: pip install 'vllm-power[eval]'", err=True)
         raise typer.Exit(2) from None

@@ -19,18 +19,22 @@ NIAH_ANSWER_TOKENS = 128
 SHORTEST = 1024  # tokens; in less, some of the generators try for ever
 
 
+def harness(task: str) -> str:
+    """The version of lm-evaluation-harness. Raises EvalError if it is not installed."""
+    try:
+        return version("lm_eval")
+    except PackageNotFoundError as error:
+        raise EvalError(f"{task} needs lm-evaluation-harness: pip install 'vllm-power[eval]'") from error
+
+
 def items(task: str, settings: Settings, tokenizer: Any, chat_tokens: int) -> Iterator[Item]:
     """Every length and sample of one family, short prompts first. chat_tokens: what the chat template adds."""
     answer_tokens = ANSWER_TOKENS.get(task, NIAH_ANSWER_TOKENS)
-    try:
-        harness = version("lm_eval")
-    except PackageNotFoundError as error:
-        raise EvalError(f"{task} needs lm-evaluation-harness: pip install 'vllm-power[eval]'") from error
     identity = {
         "seed": settings.seed,
         "tokenizer": tokenizer.name_or_path,
         # What the prompts depend on besides.
-        "lm_eval": harness,
+        "lm_eval": harness(task),
         "of": settings.ruler_samples,
     }
     if task == "ruler_qa" and settings.qa_data:

@@ -65,6 +65,9 @@ def evaluate(job: Job) -> int:
     Raises EvalError and ServerFailed.
     """
     recorded = gate.read(job.gate) if job.gate else None
+    for task in job.settings.tasks:
+        if task not in ("passkey", *GRIDS, *LOGPROBS):
+            ruler.harness(task)  # before a server starts
     store = Store(job.folder)
     model, items = measure(job, store, job.target, all_items)
     job = replace(job, settings=fitting(job.settings, model))  # the dense model gets the same lengths
