@@ -5,7 +5,6 @@ What is trained is kept apart from what is asked in evaluations: :data:`KINDS` i
 
 A model that learns a few wordings passes on facts in these alone. So 16 kinds have a word drawn into them
 (:data:`WHATS`), and names of any form.
-
 """
 
 from collections.abc import Callable
