@@ -234,6 +234,7 @@ def test_times_of_the_whole_engine(what, batch, context):
 
 
 ROWS = {"training_free": {}, "training_free_all_sparse": {"dense_layers": 0}}
+GPUS = {"NVIDIA H200": "H200 SXM", "NVIDIA H100 80GB HBM3": "H100 SXM"}  # {name in a row: in gpus.json}
 
 
 @pytest.mark.parametrize("bench, section", [("ttft", "prefill"), ("decode_step", "decode")])
@@ -241,17 +242,15 @@ ROWS = {"training_free": {}, "training_free_all_sparse": {"dense_layers": 0}}
 def test_times_with_dense_rows(impl, bench, section):
     """Each engine in turns with vLLM's FlashAttention (docs/results/turns.jsonl), from 2,048 tokens on."""
     found = [row for row in rows("turns") if row["bench"] == bench and row["against"] == impl]
-    contexts = {row["context"] for row in found if row["impl"] == impl and row["context"] not in HOST_BOUND}
-    assert contexts
-    for context in sorted(contexts - {512}):
-        ask = Question(
-            model="Qwen2-7B", mode="training_free", context=context, output=48, concurrency=1, **ROWS[impl]
-        )
-        model = estimate(ask)[section]["seconds"]
-        for row in found:
-            if row["context"] == context:
-                name = "power" if row["impl"] == impl else "dense"
-                assert 1e3 * model[name] == pytest.approx(row["median_ms"], rel=TOLERANCE), (context, name)
+    found = [row for row in found if row["context"] not in (512, *HOST_BOUND)]
+    assert found
+    for row in found:
+        batch, context = row["batch"], row["context"]
+        ask = {"mode": "training_free", "context": context, "output": 48, "concurrency": batch, **ROWS[impl]}
+        model = estimate(Question(model="Qwen2-7B", gpu=GPUS[row["gpu"]], **ask))[section]["seconds"]
+        name = "power" if row["impl"] == impl else "dense"
+        about = (row["gpu"], batch, context, name)
+        assert 1e3 * model[name] == pytest.approx(row["median_ms"], rel=TOLERANCE), about
 
 
 def kernel_rows(bench: str) -> list[Any]:
