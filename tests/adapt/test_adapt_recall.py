@@ -19,7 +19,7 @@ from vllm_power.tools.adapt import evaluate
 from vllm_power.tools.adapt.data import Line, Rows
 from vllm_power.tools.adapt.facts import ASKED, KINDS, WHATS
 from vllm_power.tools.adapt.recall import ANSWER_WEIGHT, Hider
-from vllm_power.tools.adapt.relay import END, NOT_ASKED, classes
+from vllm_power.tools.adapt.relay import NOT_ASKED, classes
 from vllm_power.tools.adapt.settings import Settings, Stage
 from vllm_power.tools.common import recall
 from vllm_power.tools.evals import ruler_generators
@@ -97,7 +97,6 @@ def test_a_probe_asks_for_the_fact(tokenizer: Any) -> None:
         assert (made.relayed[asked] == classes(answer)).all()
         kept = made.tokens[~made.told & ~made.asked]
         assert np.array_equal(kept, text[: len(kept)])
-    assert classes("A0z").tolist() == [10, 0, 35] + [END] * 5
 
 
 def test_what_is_too_short_hides_nothing(tokenizer: Any) -> None:
@@ -142,19 +141,21 @@ def test_rows_that_ask_anywhere(tokenizer: Any) -> None:
 
 
 def words_of(text: str) -> set[tuple[str, ...]]:
-    """Runs of three words. What is filled in divides them."""
-    runs = [re.findall(r"[a-z]+", part) for part in re.split(r"\{\w*\}", text.lower())]
-    return {run for found in runs for run in zip(found, found[1:], found[2:], strict=False)}
+    """Runs of four words. What is filled in counts as one."""
+    found = re.findall(r"[a-z]+|\{\w*\}", text.lower())
+    words = ["{}" if word.startswith("{") else word for word in found]
+    return set(zip(words, words[1:], words[2:], words[3:], strict=False))
 
 
 def test_evaluations_ask_in_other_words() -> None:
-    """No three words in a row of what is trained are in the evaluation's questions, in recall, or in RULER."""
-    trained = set().union(*(words_of(text) for kind in KINDS for text in kind[2:]))
+    """No four words in a row of what is trained are in the evaluation's questions, in recall, or in RULER."""
+    trained = [set().union(*(words_of(text) for text in kind[2:])) for kind in KINDS]
     asked = set().union(*(words_of(text) for kind in ASKED for text in kind[2:]))
     tasks = words_of(Path(recall.__file__).read_text()) | words_of(
         Path(ruler_generators.__file__).read_text()
     )
-    assert trained and not trained & (asked | tasks)
+    assert sum(map(bool, trained)) > 0.8 * len(KINDS)
+    assert not set().union(*trained) & (asked | tasks)
     assert not {"magic", "special", "secret", "licence", "extension"} & set(WHATS)
     assert not any(ours.names == theirs.names for ours, theirs in product(KINDS, ASKED))
 

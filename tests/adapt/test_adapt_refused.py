@@ -101,6 +101,12 @@ def test_a_tokenizer_that_cannot_be_loaded_is_told_in_one_line(tmp_path: Path) -
         ({"probe": 1.0}, "give --recall"),
         ({"probe": 1.0, "recall": 1.0, "lora": 4}, "leave out --lora"),
         ({"probe": 1.0, "recall": 1.0, "power": {**POWER, "decode": "dense"}}, "dense_tail and decode"),
+        ({"probe": 1.0, "recall": 1.0, "power": {"pattern": "full"}}, 'the pattern "full"'),
+        ({"probe": 1.0, "recall": 1.0, "stages": stages_of("32:1steps,128:1steps")}, "of at least 64"),
+        (
+            {"probe": 1.0, "recall": 1.0, "stages": stages_of("120:1steps"), "batch_tokens": 120},
+            "multiple of 16",
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

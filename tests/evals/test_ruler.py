@@ -8,7 +8,6 @@ import os
 import random
 import sys
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import numpy as np
@@ -180,10 +179,7 @@ def test_a_chat_begins_the_answer_where_the_server_is_vllm(endpoint, evaluate):
 
 
 def test_the_harness_is_missed_before_a_server_starts(monkeypatch):
-    def missing(package):
-        raise PackageNotFoundError(package)
-
-    monkeypatch.setattr(ruler, "version", missing)
+    monkeypatch.setitem(sys.modules, "wonderwords", None)
     monkeypatch.setattr(Target, "running", lambda *given: pytest.fail("started"))
     done = CliRunner().invoke(app, ["eval", "--serve", "nowhere", "--tasks", "passkey,ruler_vt"])
     assert done.exit_code == 2 and "ruler_vt needs lm-evaluation-harness: pip install" in done.output

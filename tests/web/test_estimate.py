@@ -242,7 +242,8 @@ GPUS = {"NVIDIA H200": "H200 SXM", "NVIDIA H100 80GB HBM3": "H100 SXM"}  # {name
 def test_times_with_dense_rows(impl, bench, section):
     """Each engine in turns with vLLM's FlashAttention (docs/results/turns.jsonl), from 2,048 tokens on."""
     found = [row for row in rows("turns") if row["bench"] == bench and row["against"] == impl]
-    found = [row for row in found if row["context"] not in (512, *HOST_BOUND)]
+    if bench == "ttft":
+        found = [row for row in found if row["context"] not in (512, *HOST_BOUND)]
     assert found
     for row in found:
         batch, context = row["batch"], row["context"]
@@ -250,7 +251,9 @@ def test_times_with_dense_rows(impl, bench, section):
         model = estimate(Question(model="Qwen2-7B", gpu=GPUS[row["gpu"]], **ask))[section]["seconds"]
         name = "power" if row["impl"] == impl else "dense"
         about = (row["gpu"], batch, context, name)
-        assert 1e3 * model[name] == pytest.approx(row["median_ms"], rel=TOLERANCE), about
+        # The H100's times are as close as docs/explore.md says.
+        tolerance = 0.05 if "H100" in row["gpu"] else TOLERANCE
+        assert 1e3 * model[name] == pytest.approx(row["median_ms"], rel=tolerance), about
 
 
 def kernel_rows(bench: str) -> list[Any]:

@@ -61,14 +61,14 @@ def adapt_command(
         float,
         typer.Option(
             min=0.0,
-            help="Weight of a probe that asks the tokens after a hidden fact for it: teaches layers to relay.",
+            help="Weight of a probe that asks each block after a hidden fact for it, so that layers pass it on.",
         ),
     ] = 0.0,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,
     seed: Annotated[int, typer.Option(help="Of the documents' order, and of adapters.")] = 0,
 ) -> None:
     """Continued pre-training of a model under the pattern, with an evaluation before and after."""
-    with errors_in_one_line("adapt", "train"):
+    with errors_in_one_line("adapt", "train", "matplotlib"):
         from vllm_power.tools.adapt.run import run
         from vllm_power.tools.adapt.settings import Settings, stages_of
 

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from vllm_power.tools.adapt.files import load
 from vllm_power.tools.adapt.recall import ANSWER_WEIGHT, Hider, Sequence
 from vllm_power.tools.adapt.relay import LONGEST
+from vllm_power.tools.adapt.relay import NOT_ASKED as NOT_RELAYED
 from vllm_power.tools.adapt.settings import Settings
 
 NOT_ASKED = -100  # transformers' label of a token that is not predicted
@@ -195,7 +196,7 @@ class Rows(Dataset[dict[str, torch.Tensor]]):
             named["prompts"] = np.zeros_like(tokens)
             named["label_weights"] = np.ones(len(tokens), dtype=np.float32)
             if settings.probe:
-                named["relayed"] = np.full((len(tokens), LONGEST), NOT_ASKED, dtype=np.int16)
+                named["relayed"] = np.full((len(tokens), LONGEST), NOT_RELAYED, dtype=np.int16)
             for (begin, end), made in hidden.items():
                 if made.relayed is not None:
                     named["relayed"][begin:end] = made.relayed

@@ -145,11 +145,15 @@ def speed_up(
             return forward(*given, **named)
         labels, count = named.pop("labels"), named.pop("num_items_in_batch", None)
         weights, relayed = named.pop("label_weights", None), named.pop("relayed", None)
-        hidden = hidden_states(model, **named)
-        aim = teacher(**named) if teacher is not None else None
-        loss = linear_loss(hidden, model.get_output_embeddings().weight, labels, aim, share, weights)
-        if relay is not None and relayed is not None:
-            loss = loss + probe * relay(relayed)
+        try:
+            hidden = hidden_states(model, **named)
+            aim = teacher(**named) if teacher is not None else None
+            loss = linear_loss(hidden, model.get_output_embeddings().weight, labels, aim, share, weights)
+            if relay is not None and relayed is not None:
+                loss = loss + probe * relay(relayed)
+        finally:
+            if relay is not None:
+                relay.seen.clear()  # after an error it would keep what the layers computed
         return CausalLMOutputWithPast(loss=loss / ((labels[:, 1:] >= 0).sum() if count is None else count))
 
     model.forward = without_logits

@@ -39,7 +39,7 @@ def perplexities(
 
     windows: {length: int64 [windows, length]}. The processes share the windows; each holds the whole model.
     hider: hides facts in the windows; rows then have ``asked``, and ``recall_dense`` and ``recall_power``, the number
-    of answers that were right in every token.
+    of answers that were right in every token but the end of the line.
     """
     release_memory()  # of what was loaded before
     with patch_environment(ACCELERATE_USE_FSDP="false"):  # it would give weights to one process alone

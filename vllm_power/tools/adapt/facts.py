@@ -1,7 +1,7 @@
 """What is hidden in texts and asked for: kinds of facts, their wordings, and names and values drawn for them.
 
 What is trained is kept apart from what is asked in evaluations: :data:`KINDS` is for training alone, the evaluation's
-:data:`ASKED`, `vllm-power recall` and RULER have other names and other words (a test compares them).
+:data:`ASKED`, `vllm-power recall` and RULER have other wordings (a test compares them) and other forms of names.
 
 A model that learns a few wordings passes on facts in these alone. So 16 kinds have a word drawn into them
 (:data:`WHATS`), and names of any form.
@@ -71,7 +71,7 @@ KINDS = (
     Kind(
         "title",
         "digits",
-        " The access code for {name} is {value}.",
+        " The access code for {name} is now {value}.",
         "\nQuestion: what is the access code for {name}?\nAnswer: ",
     ),
     Kind("title", "digits", "\n- {name}: {value}\n", "\nIn the list above, {name} has the number "),
@@ -98,7 +98,9 @@ KINDS = (
     ),
     Kind("title", "hex", "\n| {name} | {value} |\n", "\nThe row of {name} in the table: | {name} | "),
     Kind("title", "lower", " A message from {name}: {value}.", "\nWhich message came from {name}? It was "),
-    Kind("any", "digits", " The {what} of {name} is {value}.", "\nWhat is the {what} of {name}? It is "),
+    Kind(
+        "any", "digits", " The {what} of {name} is {value}.", "\nWhat is the {what} of {name}? The answer is "
+    ),
     Kind("any", "digits", " {name} has the {what} {value}.", "\nWhich {what} has {name}? The {what} "),
     Kind("any", "digits", "\n{what} of {name}: {value}\n", "\n{what} of {name}: "),
     Kind("any", "digits", "\n{name}: {what} {value}\n", "\nThe {what} given for {name}: "),
@@ -221,8 +223,11 @@ class Fact(NamedTuple):
 
     @classmethod
     def drawn(cls, kind: Kind, draw: Random, what: str | None = None) -> "Fact":
-        """what: None to draw it."""
-        return cls(kind, _drawn(kind.names, draw), what or _drawn("what", draw), _drawn(kind.values, draw))
+        """what: None to draw it, if the kind has one."""
+        name = _drawn(kind.names, draw)
+        if what is None:
+            what = _drawn("what", draw) if "{what}" in kind.fact else ""
+        return cls(kind, name, what, _drawn(kind.values, draw))
 
     @property
     def told(self) -> str:

@@ -5,7 +5,7 @@ label, since nothing could predict the facts: the text and the answer are learnt
 for a passage of the text itself. Under options without dense rows, every fact is asked for, anywhere after it
 (:meth:`Hider.spread`): where no row sees everything, a question needs no prompt that ends with it, and many questions
 per sequence teach more per token. Other sequences there hide one fact (:meth:`Hider.lone`), for which a probe asks the
-tokens between (relay.py).
+blocks between (relay.py).
 """
 
 from dataclasses import dataclass, replace
@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from vllm_power.tools.adapt.facts import KINDS, Fact, Kind, Random
-from vllm_power.tools.adapt.relay import LONGEST, NOT_ASKED, classes
+from vllm_power.tools.adapt.relay import LONGEST, NOT_ASKED, classes, fits
 
 PASSAGE = 24  # tokens of a passage that is asked for, and as many before it that say which
 MOST_FACTS = 8
-TOKENS_PER_FACT = 256  # at least, of a sequence that asks for all of them
+LEAST_TOKENS_PER_FACT = 256  # of a sequence that asks for all of its facts
 
 ANSWER_WEIGHT = 8.0  # of an answer's token in the loss: answers are about 1% of the tokens
 
@@ -73,7 +73,7 @@ class Hider:
         ``text`` and the result as for :meth:`hide`.
         """
         known: dict[tuple[Kind, str], Fact] = {}
-        for _ in range(int(draw.integers(1, 2 + len(text) // TOKENS_PER_FACT))):
+        for _ in range(int(draw.integers(1, 2 + len(text) // LEAST_TOKENS_PER_FACT))):
             fact = Fact.drawn(self.kinds[int(draw.integers(len(self.kinds)))], draw)
             known.setdefault((fact.kind, fact.name), fact)
         facts = [self.encode(fact.told) for fact in known.values()]
@@ -107,12 +107,13 @@ class Hider:
         return Sequence(whole, np.concatenate([*asked_pieces, rest]), np.concatenate([*told_pieces, rest]), 0)
 
     def lone(self, text: np.ndarray, draw: Random) -> Sequence | None:
-        """One fact, asked for at the end; a probe asks the tokens between for its value.
+        """One fact, asked for at the end; a probe asks the blocks between for its value.
 
         ``text`` and the result as for :meth:`hide`.
         """
-        kinds = [kind for kind in self.kinds if kind.values != "words"]
-        drawn = Fact.drawn(kinds[int(draw.integers(len(kinds)))], draw)
+        drawn = Fact.drawn(self.kinds[int(draw.integers(len(self.kinds)))], draw)
+        while not fits(drawn.value):
+            drawn = Fact.drawn(self.kinds[int(draw.integers(len(self.kinds)))], draw)
         fact = self.encode(drawn.told)
         asked, answer = self._asked(drawn)
         kept = len(text) - len(fact) - len(asked) - len(answer)

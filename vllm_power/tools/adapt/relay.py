@@ -1,10 +1,10 @@
-"""A probe that teaches tokens to pass on what was told far before them. It is discarded after the training.
+"""A probe that teaches blocks to pass on what was told far before them. It is discarded after the training.
 
 Where no row sees everything, a fact reaches a later question through the blocks between them, and these do not know
 what will be asked. From the few answers alone they learn slowly to pass it on. So each block from the fact to the
-question is asked for the fact's value. What asks is as weak as a reader of the block: for each character a query picks
-tokens of the block, and a linear map guesses the character from their hidden states. The block with the fact shows what
-to pick, the blocks after it learn to hold the same.
+question is asked for the fact's value. The probe is weak: for each character a query picks tokens of the block, and a
+linear map guesses the character from their hidden states. The block with the fact shows what to pick, the blocks after
+it learn to hold the same.
 
 The hidden states are those at two thirds of the layers: the layers after it are free to read what was passed on, and to
 predict the text.
@@ -23,8 +23,13 @@ LONGEST = 8  # characters of a value
 NOT_ASKED = -100  # where a token is not asked
 
 
+def fits(value: str) -> bool:
+    """Whether the probe can ask for ``value``."""
+    return len(value) <= LONGEST and set(value.lower()) <= set(CHARACTERS)
+
+
 def classes(value: str) -> np.ndarray:
-    """int16 [LONGEST]: the characters of ``value``, in any case, and END where there are none."""
+    """int16 [LONGEST]: the characters of a ``value`` that fits, in any case, and END where there are none."""
     found = [CHARACTERS.index(character) for character in value.lower()]
     return np.asarray(found + [END] * (LONGEST - len(found)), dtype=np.int16)
 
@@ -64,7 +69,7 @@ class Relay(nn.Module):
         blocks = relayed.shape[1] // self.block_size
         tokens = states[:, : blocks * self.block_size].unflatten(1, (blocks, self.block_size))
         shares = torch.einsum("rbtw,cw->rbtc", tokens, self.pick).float().softmax(2)
-        picked = torch.einsum("rbtc,rbtw->rbcw", shares.to(tokens.dtype), tokens)
+        picked = torch.einsum("rbtc,rbtw->rbcw", shares, tokens)
         guesses = torch.einsum("rbcw,cwk->rbck", picked, self.guess).float()
         wanted = relayed[:, self.block_size - 1 :: self.block_size].long()
         total = F.cross_entropy(
@@ -73,7 +78,7 @@ class Relay(nn.Module):
         self.sums = torch.stack((total.detach(), self.block_size * (wanted[..., 0] != NOT_ASKED).sum()))
         return total
 
-    def told(self) -> str:
-        """The loss of the last forward pass, to be read."""
+    def summary(self) -> str:
+        """The loss of the last forward pass, for people."""
         total, asked = self.sums.tolist()
         return f"{total / asked:.2f} nats" if asked else "nothing asked"

@@ -18,9 +18,11 @@ from vllm_power.tools.adapt.export import export, save_weights
 from vllm_power.tools.adapt.facts import ASKED
 from vllm_power.tools.adapt.recall import Hider
 from vllm_power.tools.adapt.settings import Settings
-from vllm_power.tools.adapt.train import arguments_of, train
+from vllm_power.tools.adapt.train import arguments_of, sharded, train
 from vllm_power.tools.common import results
 from vllm_power.tools.common.tokenizer import tokenizer_of
+
+FEWEST_BLOCKS = 4  # of a sequence with a probe
 
 
 def run(settings: Settings, output: Path, save_every: int = 100) -> None:
@@ -91,13 +93,30 @@ def run(settings: Settings, output: Path, save_every: int = 100) -> None:
     console.print(f"Serve it with\n\nvllm serve {output} --attention-backend power", soft_wrap=True)
 
 
-def check_model(settings: Settings, config: Any, options: PatternOptions) -> None:
-    """Raises ValueError if the model cannot be trained like this, before anything is read or computed."""
-    if settings.probe and (settings.lora or not settings.recall or options.rows.has_dense_rows):
+def check_probe(settings: Settings, options: PatternOptions) -> None:
+    """Raises ValueError if a probe would teach nothing, or cannot be a part of the training."""
+    if settings.lora or not settings.recall or options.rows.has_dense_rows or options.pattern == "full":
         raise ValueError(
             "--probe teaches the layers to pass on what --recall hides, where no row sees everything: give --recall, "
-            "and leave out --lora and the options dense_tail and decode"
+            'and leave out --lora, the options dense_tail and decode, and the pattern "full"'
         )
+    if sharded():
+        raise ValueError(
+            "--probe was not tried with weights that are shared out: train without FSDP, or without it"
+        )
+    size = options.effective_pattern.block_size
+    for stage in settings.stages:
+        if stage.length % size or stage.length < FEWEST_BLOCKS * size:
+            raise ValueError(
+                f"--probe asks whole blocks, here of {size} tokens, and a sequence needs some after the fact's: a "
+                f"stage of {stage.length:,} tokens is not a multiple of {size} of at least {FEWEST_BLOCKS * size:,}"
+            )
+
+
+def check_model(settings: Settings, config: Any, options: PatternOptions) -> None:
+    """Raises ValueError if the model cannot be trained like this, before anything is read or computed."""
+    if settings.probe:
+        check_probe(settings, options)
     use_power(AutoConfig.from_pretrained(settings.model), options)
     text = config.get_text_config()
     longest, known = settings.row, getattr(text, "max_position_embeddings", None)

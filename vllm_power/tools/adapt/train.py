@@ -46,7 +46,7 @@ def train(
         model.to(device)
 
         def loss_of(count: int) -> torch.Tensor:
-            batch = collate([rows[0]] * count)
+            batch = collate([rows[len(rows) - 1]] * count)  # of the longest texts
             return model(**{name: part.to(device) for name, part in batch.items()}).loss
 
         fill_memory(arguments, model, settings.row, loss_of, console)
@@ -60,7 +60,7 @@ def train(
     )
 
     def describe(step: int, logs: dict[str, Any]) -> str:
-        told = f", probe {model.relay.told()}" if settings.probe else ""
+        told = f", probe {model.relay.summary()}" if settings.probe else ""
         return f"sequences of {settings.length_at(step - 1):,}, loss {float(logs['loss']):.3f}{told}"
 
     def write_losses() -> None:
@@ -75,8 +75,8 @@ def train(
 def load(settings: Settings, options: PatternOptions, device: torch.device) -> tuple[Any, Planner | None]:
     """The model to train: its weights in float32, or in the precision of the run with adapters in float32.
 
-    And what plans its batches, if the kernels can do all of it on ``device``. Raises ValueError if ``distill``
-    is asked of a model whose logits are more than its head's product.
+    And what plans its batches, if the kernels can do all of it on ``device``. Raises ValueError if
+    ``distill`` or ``probe`` is asked of a model whose logits are more than its head's product.
     """
     set_seed(settings.seed)  # of the adapters
     low = settings.dtype if settings.lora else torch.float32
@@ -106,7 +106,8 @@ def load(settings: Settings, options: PatternOptions, device: torch.device) -> t
     if settings.probe:
         if not plain:
             raise ValueError(
-                f"--probe does not know {settings.model}, which does more to its logits than its head"
+                f"--probe takes part in a loss that {settings.model} does not have, since it does more to its logits "
+                "than its head: it works without --probe"
             )
         relay = Relay(model.config.get_text_config().hidden_size, options.effective_pattern.block_size)
     if plain:

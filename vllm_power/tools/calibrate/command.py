@@ -58,7 +58,7 @@ def calibrate_command(
     folder: Annotated[Path, typer.Option(help="Where the rows and the plot go.")] = Path("calibration"),
 ) -> None:
     """Propose which layers to keep dense: measured on your text, with the option to paste."""
-    with errors_in_one_line("calibrate", "train"):
+    with errors_in_one_line("calibrate", "train", "matplotlib"):
         if objective == "recall":
             from vllm_power.tools.calibrate.run_recall import run_recall
 

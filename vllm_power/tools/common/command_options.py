@@ -32,11 +32,14 @@ class Stopped(Exception):
 
 
 @contextmanager
-def errors_in_one_line(command: str, extra: str) -> Iterator[None]:
+def errors_in_one_line(command: str, extra: str, *at_end: str) -> Iterator[None]:
     """Exit with status 1 and one line if a file or a value is wrong, a package of ``extra`` is missing, or a training
-    was stopped or cannot continue."""
+    was stopped or cannot continue.
+
+    at_end: packages that the command imports only at its end; it misses them at its start.
+    """
     try:
-        require("matplotlib")  # all of these commands end with a plot
+        require(*at_end)
         yield
     except ModuleNotFoundError as error:
         typer.echo(f"{error.name} is not installed: pip install 'vllm-power[{extra}]'", err=True)

@@ -6,7 +6,8 @@ directly, for as many prompts as are wanted; `..._noise` is a task whose haystac
 
 from collections.abc import Iterator
 from functools import cache, partial
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any
 
 from vllm_power.tools.evals.endpoint import Endpoint
@@ -20,11 +21,10 @@ SHORTEST = 1024  # tokens; in less, some of the generators try for ever
 
 
 def harness(task: str) -> str:
-    """The version of lm-evaluation-harness. Raises EvalError if it is not installed."""
-    try:
-        return version("lm_eval")
-    except PackageNotFoundError as error:
-        raise EvalError(f"{task} needs lm-evaluation-harness: pip install 'vllm-power[eval]'") from error
+    """The version of lm-evaluation-harness. Raises EvalError if it, or what its generators import, is not installed."""
+    if any(find_spec(package) is None for package in ("lm_eval", "nltk", "wonderwords")):
+        raise EvalError(f"{task} needs lm-evaluation-harness: pip install 'vllm-power[eval]'")
+    return version("lm_eval")
 
 
 def items(task: str, settings: Settings, tokenizer: Any, chat_tokens: int) -> Iterator[Item]:

@@ -17,7 +17,7 @@ from vllm_power.tools.evals.figures import Figures, figures
 from vllm_power.tools.evals.grids import Grid
 from vllm_power.tools.evals.items import Item
 from vllm_power.tools.evals.plots import grouped, tokens
-from vllm_power.tools.evals.settings import GRIDS, LOGPROBS, EvalError, Settings
+from vllm_power.tools.evals.settings import GRIDS, LOGPROBS, RULER, EvalError, Settings
 from vllm_power.tools.evals.store import Store
 from vllm_power.tools.evals.target import Target
 from vllm_power.tools.evals.tokenizer import chat_tokens, load
@@ -66,7 +66,7 @@ def evaluate(job: Job) -> int:
     """
     recorded = gate.read(job.gate) if job.gate else None
     for task in job.settings.tasks:
-        if task not in ("passkey", *GRIDS, *LOGPROBS):
+        if task in (*RULER, "ruler_qa"):
             ruler.harness(task)  # before a server starts
     store = Store(job.folder)
     model, items = measure(job, store, job.target, all_items)

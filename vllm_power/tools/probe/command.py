@@ -37,7 +37,7 @@ def probe_command(
     ),
 ) -> None:
     """Measure with linear probes which blocks of which layers carry a key hidden in the text."""
-    with errors_in_one_line("probe", "train,eval"):
+    with errors_in_one_line("probe", "train,eval", "matplotlib"):
         from vllm_power.tools.probe.probe import run
 
         names = tuple(key.strip() for key in keys.split(","))

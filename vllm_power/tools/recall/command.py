@@ -42,7 +42,7 @@ def recall_command(
     folder: Annotated[Path, typer.Option(help="Where recall.jsonl and recall.svg go.")] = Path("recall"),
 ) -> None:
     """Measure what a model recalls from long prompts: dense, in the default mode, and under any options."""
-    with errors_in_one_line("recall", "train"):
+    with errors_in_one_line("recall", "train", "matplotlib"):
         from vllm_power.tools.recall.run import run
 
         wanted = tuple(name.strip() for name in tasks.split(",") if name.strip())
