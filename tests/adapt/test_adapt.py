@@ -257,7 +257,7 @@ def test_the_probe_teaches_the_layers_and_is_discarded(
     settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It changes what the layers learn, survives a stop, and is not in the model."""
-    named = {"stages": (Stage(256, 4, in_steps=True),), "recall": 1.0, "eval_tokens": 0, "probe": 1.0}
+    named = {"stages": (Stage(256, 8, in_steps=True),), "recall": 1.0, "eval_tokens": 0, "probe": 1.0}
     run(settings(**named), tmp_path / "probe")
     with monkeypatch.context() as patch:
         patch.setattr(Relay, "forward", lambda self, relayed: FORWARD(self, relayed).detach())
