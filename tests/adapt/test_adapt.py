@@ -258,9 +258,10 @@ def test_the_probe_teaches_the_layers_and_is_discarded(
 ) -> None:
     """It changes what the layers learn, survives a stop, and is not in the model."""
     named = {"stages": (Stage(256, 8, in_steps=True),), "recall": 1.0, "eval_tokens": 0, "probe": 1.0}
+    forward = Relay.forward
     run(settings(**named), tmp_path / "probe")
     with monkeypatch.context() as patch:
-        patch.setattr(Relay, "forward", lambda self, relayed: FORWARD(self, relayed).detach())
+        patch.setattr(Relay, "forward", lambda self, relayed: forward(self, relayed).detach())
         run(settings(**named), tmp_path / "deaf")
     ours, theirs = (load_file(tmp_path / at / "model.safetensors") for at in ("probe", "deaf"))
     assert ours.keys() == theirs.keys() == load_file(Path(settings().model) / "model.safetensors").keys()
@@ -281,6 +282,3 @@ def test_the_probe_teaches_the_layers_and_is_discarded(
     run(settings(**named), tmp_path / "again")
     again = load_file(tmp_path / "again" / "model.safetensors")
     assert all(torch.equal(ours[name], again[name]) for name in ours)
-
-
-FORWARD = Relay.forward

@@ -18,8 +18,9 @@ from vllm_power.options import PatternOptions
 from vllm_power.tools.adapt import evaluate
 from vllm_power.tools.adapt.data import Line, Rows
 from vllm_power.tools.adapt.facts import ASKED, KINDS, WHATS
+from vllm_power.tools.adapt.linear_loss import IGNORED
 from vllm_power.tools.adapt.recall import ANSWER_WEIGHT, Hider
-from vllm_power.tools.adapt.relay import NOT_ASKED, classes
+from vllm_power.tools.adapt.relay import classes
 from vllm_power.tools.adapt.settings import Settings, Stage
 from vllm_power.tools.common import recall
 from vllm_power.tools.evals import ruler_generators
@@ -92,7 +93,7 @@ def test_a_probe_asks_for_the_fact(tokenizer: Any) -> None:
         begin, end = np.flatnonzero(made.told & ~made.asked)[0], np.flatnonzero(made.asked)[0]
         fact = np.flatnonzero(~made.told[begin:])[0] + begin
         assert answer in tokenizer.decode(made.tokens[begin:fact])
-        asked = (made.relayed != NOT_ASKED).all(1)
+        asked = (made.relayed != IGNORED).all(1)
         assert np.array_equal(np.flatnonzero(asked), np.arange(fact, end))
         assert (made.relayed[asked] == classes(answer)).all()
         kept = made.tokens[~made.told & ~made.asked]

@@ -10,14 +10,15 @@ from torch import nn
 
 from vllm_power.tools.adapt import engine
 from vllm_power.tools.adapt.facts import KINDS, Fact
-from vllm_power.tools.adapt.relay import END, LONGEST, NOT_ASKED, Relay, classes, fits
+from vllm_power.tools.adapt.linear_loss import IGNORED
+from vllm_power.tools.adapt.relay import END, LONGEST, Relay, classes, fits
 
 BLOCK, BLOCKS, WIDTH = 16, 4, 64
 
 
 def relayed(rows: int, asked: list[int], values: list[str], length: int = BLOCK * BLOCKS) -> torch.Tensor:
     """The blocks ``asked`` of each row are asked for its value."""
-    found = torch.full((rows, length, LONGEST), NOT_ASKED, dtype=torch.int16)
+    found = torch.full((rows, length, LONGEST), IGNORED, dtype=torch.int16)
     for row, value in enumerate(values):
         for block in asked:
             found[row, block * BLOCK : (block + 1) * BLOCK] = torch.from_numpy(classes(value))

@@ -15,12 +15,10 @@ import torch
 from torch.utils.data import Dataset
 
 from vllm_power.tools.adapt.files import load
+from vllm_power.tools.adapt.linear_loss import IGNORED
 from vllm_power.tools.adapt.recall import ANSWER_WEIGHT, Hider, Sequence
 from vllm_power.tools.adapt.relay import LONGEST
-from vllm_power.tools.adapt.relay import NOT_ASKED as NOT_RELAYED
 from vllm_power.tools.adapt.settings import Settings
-
-NOT_ASKED = -100  # transformers' label of a token that is not predicted
 
 
 def tokenized(files: collections.abc.Sequence[str], field: str, tokenizer: Any, cache: Path) -> Any:
@@ -188,7 +186,7 @@ class Rows(Dataset[dict[str, torch.Tensor]]):
             inside = [first for first in documents if not any(begin < first < end for begin, end in hidden)]
             starts = np.union1d(starts, np.asarray(inside, dtype=np.int64))
         labels = tokens.copy()
-        labels[starts] = NOT_ASKED
+        labels[starts] = IGNORED
         lengths = np.diff(starts, append=settings.row)
         positions = np.arange(settings.row) - np.repeat(starts, lengths)
         named = {"input_ids": tokens, "position_ids": positions, "labels": labels}
@@ -196,11 +194,11 @@ class Rows(Dataset[dict[str, torch.Tensor]]):
             named["prompts"] = np.zeros_like(tokens)
             named["label_weights"] = np.ones(len(tokens), dtype=np.float32)
             if settings.probe:
-                named["relayed"] = np.full((len(tokens), LONGEST), NOT_RELAYED, dtype=np.int16)
+                named["relayed"] = np.full((len(tokens), LONGEST), IGNORED, dtype=np.int16)
             for (begin, end), made in hidden.items():
                 if made.relayed is not None:
                     named["relayed"][begin:end] = made.relayed
-                labels[begin:end][made.told] = NOT_ASKED
+                labels[begin:end][made.told] = IGNORED
                 named["prompts"][begin] = made.prompt
                 named["label_weights"][begin:end][made.asked] = ANSWER_WEIGHT
         return {name: torch.from_numpy(values) for name, values in named.items()}

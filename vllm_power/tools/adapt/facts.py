@@ -162,23 +162,15 @@ ANIMALS = _words(
 THINGS = _words(
     "anchor basket candle dagger engine feather garden hammer island jacket kettle ladder mirror needle"
 )
-WHATS = (
-    _words(
-        "age badge balance batch bid bill budget bus capacity case charge chapter class code coin cost count debt"
-    )
-    + _words(
-        "deposit depth distance door draft duty fare fee file flight frequency gate grade grant height house income"
-    )
-    + _words(
-        "invoice item key label lane length level limit lot mark mass model offer order page part pass pin platform"
-    )
-    + _words(
-        "pressure price prize quota rank rate receipt record rent report room route salary score seat share shelf shift"
-    )
-    + _words(
-        "size slot speed stamp stock tax team temperature ticket time token total tower tram value version visa volume"
-    )
-    + _words("voltage vote wage warehouse weight width yield zone")
+WHATS = _words(
+    """
+    age badge balance batch bid bill budget bus capacity case charge chapter class code coin cost count debt
+    deposit depth distance door draft duty fare fee file flight frequency gate grade grant height house income
+    invoice item key label lane length level limit lot mark mass model offer order page part pass pin platform
+    pressure price prize quota rank rate receipt record rent report room route salary score seat share shelf
+    shift size slot speed stamp stock tax team temperature ticket time token total tower tram value version visa
+    volume voltage vote wage warehouse weight width yield zone
+    """
 )
 NUMBERED = _words("number code figure identifier no. reference")
 FIRST = _words("Ada Boris Clara Dmitri Elena Felix Greta Hugo Irene Jonas Karin Lukas Marta Nils Olga Pavel")

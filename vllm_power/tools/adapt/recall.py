@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from vllm_power.tools.adapt.facts import KINDS, Fact, Kind, Random
-from vllm_power.tools.adapt.relay import LONGEST, NOT_ASKED, classes, fits
+from vllm_power.tools.adapt.linear_loss import IGNORED
+from vllm_power.tools.adapt.relay import LONGEST, classes, fits
 
 PASSAGE = 24  # tokens of a passage that is asked for, and as many before it that say which
 MOST_FACTS = 8
@@ -124,7 +125,7 @@ class Hider:
         tokens = np.concatenate([text[:begin], fact, text[begin:kept]])
         place = np.arange(len(tokens))
         made = _ended(tokens, (begin <= place) & (place < end), asked, answer)
-        relayed = np.full((len(text), LONGEST), NOT_ASKED, dtype=np.int16)
+        relayed = np.full((len(text), LONGEST), IGNORED, dtype=np.int16)
         relayed[end : made.prompt] = classes(drawn.value)
         return replace(made, prompt=0, relayed=relayed)
 

@@ -17,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from vllm_power.tools.adapt.linear_loss import IGNORED
+
 CHARACTERS = "0123456789abcdefghijklmnopqrstuvwxyz"
 END = len(CHARACTERS)  # the class after a value's last character
 LONGEST = 8  # characters of a value
-NOT_ASKED = -100  # where a token is not asked
 
 
 def fits(value: str) -> bool:
@@ -61,10 +62,10 @@ class Relay(nn.Module):
     def forward(self, relayed: torch.Tensor) -> torch.Tensor:
         """The loss of the last forward pass: nats per character, summed over the tokens of the blocks that are asked.
 
-        relayed: int16 [rows, length, LONGEST], from :func:`classes`, NOT_ASKED at tokens that do not know the fact. A
+        relayed: int16 [rows, length, LONGEST], from :func:`classes`, IGNORED at tokens that do not know the fact. A
         block is asked what its last token is asked.
         """
-        states = self.seen.pop("states")
+        states = self.seen["states"]
         states = F.rms_norm(states.float(), states.shape[-1:])
         blocks = relayed.shape[1] // self.block_size
         tokens = states[:, : blocks * self.block_size].unflatten(1, (blocks, self.block_size))
@@ -73,9 +74,9 @@ class Relay(nn.Module):
         guesses = torch.einsum("rbcw,cwk->rbck", picked, self.guess).float()
         wanted = relayed[:, self.block_size - 1 :: self.block_size].long()
         total = F.cross_entropy(
-            guesses.flatten(0, 2), wanted.flatten(), ignore_index=NOT_ASKED, reduction="sum"
+            guesses.flatten(0, 2), wanted.flatten(), ignore_index=IGNORED, reduction="sum"
         ) * (self.block_size / LONGEST)
-        self.sums = torch.stack((total.detach(), self.block_size * (wanted[..., 0] != NOT_ASKED).sum()))
+        self.sums = torch.stack((total.detach(), self.block_size * (wanted[..., 0] != IGNORED).sum()))
         return total
 
     def summary(self) -> str:
